@@ -1,0 +1,308 @@
+"""The stages of the command line, their options and their help; imports nothing heavy."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rcm.artefact import UserError
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a stage; `repeat` takes one or more values."""
+
+    name: str
+    help: str
+    kind: Callable[[str], Any] = Path
+    required: bool = True
+    default: Any = None
+    repeat: bool = False
+    choices: Sequence[str] | None = None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: where its function lives (`module:function`), what it does, its options and an example."""
+
+    where: str
+    summary: str
+    options: tuple[Option, ...]
+    example: str
+    overrides: str = ""  # the keys of the configuration that matter most; empty: the stage takes no overrides
+    exclusive: tuple[str, ...] = field(default=())  # options of which exactly one must be given
+
+
+def part(text: str) -> tuple[int, int]:
+    """`2-of-4` as (2, 4)."""
+    number, separator, count = text.partition("-of-")
+    if not (separator and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no part; expected something like 1-of-4")
+    return int(number), int(count)
+
+
+def natural(text: str) -> int:
+    """An integer that is not negative."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = -1
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of 0 or more")
+    return value
+
+
+EXPERIMENT = "experiment=tiny-images|tiny-clips"
+
+STAGES: dict[str, Stage] = {
+    "prompts": Stage(
+        "rcm.cli.data:prompts",
+        "Write a suite of prompts with the facts that each caption states (GenEval's JSON lines).",
+        (Option("--out", "the prompts, FILE.jsonl"),),
+        "rcm prompts experiment=tiny-images suite=report --out data/tiny/images/prompts/report.jsonl",
+        overrides=f"{EXPERIMENT}  suite=train|dev|report|diversity",
+    ),
+    "download": Stage(
+        "rcm.cli.data:download",
+        "Fetch a checkpoint that the configuration names and verify its SHA-256.",
+        (
+            Option("--name", "which checkpoint", str, choices=("transformer", "codec")),
+            Option("--out", "where to put it, FILE.pth"),
+        ),
+        "rcm download --name transformer --out data/tiny/images/checkpoints/transformer.pth",
+        overrides=f"{EXPERIMENT}  checkpoints.transformer.source=PATH_OR_URL  checkpoints.transformer.sha256=HEX",
+    ),
+    "pretrain": Stage(
+        "rcm.cli.train:pretrain",
+        "Train the tiny teacher and its codec again from nothing (about an hour on two cores).",
+        (
+            Option("--out", "the transformer, FILE.pth"),
+            Option("--codec-out", "the codec, FILE.pth"),
+            Option("--resume", "folder of the unfinished state; a run that was killed goes on from it"),
+        ),
+        "rcm pretrain --out transformer.pth --codec-out codec.pth --resume resume/tiny/pretrain",
+        overrides=EXPERIMENT,
+    ),
+    "convert": Stage(
+        "rcm.cli.data:convert",
+        "Convert a .pth checkpoint to a DCP folder, the format of training.",
+        (Option("--checkpoint", "the checkpoint, FILE.pth"), Option("--out", "the DCP folder")),
+        "rcm convert --checkpoint data/tiny/images/checkpoints/transformer.pth --out data/tiny/images/teacher",
+        overrides=EXPERIMENT,
+    ),
+    "synthesize": Stage(
+        "rcm.cli.data:synthesize",
+        "Let the teacher sample latents for one shard of the training prompts.",
+        (
+            Option("--teacher", "the teacher, a DCP folder"),
+            Option("--prompts", "the training prompts, FILE.jsonl"),
+            Option("--shard", "which part of the prompts, such as 1-of-4", part),
+            Option("--out", "the shard, FILE.tar; its manifest is written beside it as FILE.tar.json"),
+        ),
+        "rcm synthesize --teacher data/tiny/images/teacher --prompts data/tiny/images/prompts/train.jsonl "
+        "--shard 1-of-4 --out data/tiny/images/shards/1-of-4.tar",
+        overrides=f"{EXPERIMENT}  seed=N",
+    ),
+    "distill": Stage(
+        "rcm.cli.train:distill",
+        "Distil the teacher into a few-step student; a run that was killed goes on where it was.",
+        (
+            Option("--teacher", "the teacher, a DCP folder"),
+            Option("--data", "the shards of latents, FILE.tar ...", repeat=True),
+            Option("--codec", "the codec that decodes the previews, FILE.pth"),
+            Option("--resume", "folder of the unfinished state"),
+            Option("--out", "the student, a DCP folder"),
+            Option("--metrics", "one line a step, FILE.jsonl"),
+            Option("--previews", "folder of sample grids made during training"),
+        ),
+        "rcm distill objective=rcm seed=0 --teacher data/tiny/images/teacher --data data/tiny/images/shards/*.tar "
+        "--codec data/tiny/checkpoints/codec.pth --resume resume/rcm-0 --out student/dcp --metrics student/metrics.jsonl "
+        "--previews student/previews",
+        overrides=f"{EXPERIMENT}  objective=scm|dmd|rcm  seed=N",
+    ),
+    "export": Stage(
+        "rcm.cli.train:export",
+        "Export a student's averaged weights with its sampler's settings, as .safetensors and as .pth beside it.",
+        (Option("--student", "the student, a DCP folder"), Option("--out", "the export, FILE.safetensors")),
+        "rcm export objective=rcm --student student/dcp --out student/student.safetensors",
+        overrides=f"{EXPERIMENT}  objective=scm|dmd|rcm  seed=N",
+    ),
+    "sample": Stage(
+        "rcm.cli.sample:sample",
+        "Sample pictures or clips for a suite of prompts from a student, the teacher, or a control.",
+        (
+            Option("--checkpoint", "a student (FILE.safetensors) or the teacher (DCP folder)", required=False),
+            Option(
+                "--control",
+                "instead of a model: ground truth, ground truth through the codec, or ground truth of another prompt",
+                str,
+                required=False,
+                choices=("oracle", "codec", "shuffled"),
+            ),
+            Option("--codec", "the codec, FILE.pth"),
+            Option("--prompts", "the prompts, FILE.jsonl"),
+            Option("--steps", "sampling steps; of a student 1 or more, ignored for controls", natural),
+            Option("--part", "which part of the prompts, such as 1-of-2", part),
+            Option("--out", "the folder of samples, in GenEval's layout"),
+        ),
+        "rcm sample suite=report --checkpoint student/student.safetensors --codec data/tiny/checkpoints/codec.pth "
+        "--prompts data/tiny/images/prompts/report.jsonl --steps 4 --part 1-of-2 --out samples/1-of-2",
+        overrides=f"{EXPERIMENT}  suite=report|diversity|dev",
+        exclusive=("--checkpoint", "--control"),
+    ),
+    "evaluate": Stage(
+        "rcm.cli.score:evaluate",
+        "Score samples: ShapeEval, ShapeBench for clips, and diversity.",
+        (
+            Option("--samples", "folders of samples of the report suite", repeat=True),
+            Option("--diversity", "folders of samples of the diversity suite", required=False, repeat=True),
+            Option("--out", "the scores, FILE.json"),
+            Option("--results", "one line a sample with the verdict and its reason, FILE.jsonl"),
+        ),
+        "rcm evaluate --samples samples/report/1-of-2 samples/report/2-of-2 --diversity samples/diversity/1-of-1 "
+        "--out scores/rcm-0-4.json --results scores/rcm-0-4.results.jsonl",
+        overrides=EXPERIMENT,
+    ),
+    "table": Stage(
+        "rcm.cli.score:table",
+        "Make a table from scores as CSV, Markdown and LaTeX; refuses when the controls fail.",
+        (
+            Option("--name", "which table", str, choices=("table1", "table2")),
+            Option("--scores", "the scores of the models, FILE.json ...", repeat=True),
+            Option("--controls", "the scores of the controls, FILE.json ...", repeat=True),
+            Option("--published", "the paper's rows, FILE.csv"),
+            Option("--out-dir", "folder of NAME.csv, NAME.md and NAME.tex"),
+        ),
+        "rcm table --name table1 --scores results/tiny/images/scores/{teacher-20,rcm-0-4}.json "
+        "--controls results/tiny/images/scores/{oracle,codec,shuffled}-0.json --published config/published/table1.csv "
+        "--out-dir results/tiny/tables",
+    ),
+    "figure": Stage(
+        "rcm.cli.score:figure",
+        "Draw a figure from samples, scores or metrics.",
+        (
+            Option(
+                "--name",
+                "which figure",
+                str,
+                choices=("figure_samples", "figure_quality_diversity", "figure_training"),
+            ),
+            Option("--inputs", "sample folders, score files or metrics files, as the figure needs", repeat=True),
+            Option("--out", "the figure, FILE.png"),
+        ),
+        "rcm figure --name figure_training --inputs data/tiny/images/rcm-0/metrics.jsonl --out figure_training.png",
+    ),
+    "report": Stage(
+        "rcm.cli.score:report",
+        "Gather tables, figures, clips, configuration, wall times and provenance in one self-contained HTML page.",
+        (
+            Option("--results", "folders to report on", repeat=True),
+            Option("--out", "the page, FILE.html"),
+        ),
+        "rcm report --results results/tiny data/tiny --out results/tiny/report.html",
+        overrides=EXPERIMENT,
+    ),
+    "generate": Stage(
+        "rcm.cli.generate:generate",
+        "Make an image or a clip from a prompt with a student.",
+        (
+            Option("--prompt", "what to show; empty: whatever the student likes", str),
+            Option("--steps", "sampling steps", natural, required=False, default=4),
+            Option("--out", "the output; its suffix decides: .png (animated for clips), .gif, .mp4 or .npy"),
+            Option(
+                "--checkpoint",
+                "the student; a student of clips makes a clip",
+                required=False,
+                default=Path("data/tiny/images/rcm-0/student.safetensors"),
+            ),
+            Option(
+                "--codec",
+                "the codec",
+                required=False,
+                default=Path("data/tiny/checkpoints/codec.pth"),
+            ),
+            Option("--seed", "seed of the noise", natural, required=False, default=0),
+        ),
+        'rcm generate --prompt "a photo of a red circle" --steps 4 --out out.png',
+    ),
+    "doctor": Stage(
+        "rcm.cli.doctor:doctor",
+        "Say what is installed, which backends will be used, and what is used instead of what is missing.",
+        (),
+        "rcm doctor",
+    ),
+}
+
+
+def overview() -> str:
+    """The help of `rcm` itself."""
+    width = max(map(len, STAGES))
+    lines = [f"  {name:<{width}}  {stage.summary}" for name, stage in STAGES.items()]
+    return "\n".join(
+        [
+            "usage: rcm STAGE [key=value ...] [options]        (the same as python -m rcm STAGE)",
+            "",
+            "Distil a diffusion teacher into a few-step student with rCM, from checkpoint to table.",
+            "Options name files; key=value pairs change numbers of the configuration under config/.",
+            "",
+            "stages:",
+            *lines,
+            "",
+            "`rcm STAGE --help` says more about one stage; `snakemake -n` shows how the stages depend on one another.",
+        ]
+    )
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see `{self.prog} --help`)")
+
+
+def build(name: str) -> argparse.ArgumentParser:
+    """The parser of one stage."""
+    stage = STAGES[name]
+    parser = _Parser(
+        prog=f"rcm {name}",
+        description=stage.summary,
+        epilog=f"example:\n  {stage.example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    group = parser.add_mutually_exclusive_group(required=True) if stage.exclusive else None
+    for option in stage.options:
+        target = group if group is not None and option.name in stage.exclusive else parser
+        target.add_argument(
+            option.name,
+            type=option.kind,
+            required=option.required and option.name not in stage.exclusive,
+            default=option.default,
+            choices=option.choices,
+            nargs="+" if option.repeat else None,
+            metavar=None if option.choices else "PATH" if option.kind is Path else option.name[2:].upper(),
+            help=option.help + (f" (default: {option.default})" if option.default is not None else ""),
+        )
+    if stage.overrides:
+        parser.add_argument("overrides", nargs="*", metavar="key=value", help=f"configuration: {stage.overrides}")
+    return parser
+
+
+def parse(name: str, argv: list[str]) -> argparse.Namespace:
+    """Parse the arguments of a stage; raises UserError with one sentence.
+
+    Overrides may stand before, between or after options. The value of `--prompt` may begin with a dash.
+    """
+    parser = build(name)
+    known = {option.name for option in STAGES[name].options}
+    joined: list[str] = []
+    for token in argv:
+        follows_prompt = bool(joined) and joined[-1] == "--prompt" and "--prompt" in known
+        if follows_prompt and token.split("=")[0] not in known:
+            joined[-1] = f"--prompt={token}"
+        else:
+            joined.append(token)
+    arguments = parser.parse_intermixed_args(joined)
+    for override in getattr(arguments, "overrides", []):
+        if "=" not in override and not override.startswith("~"):
+            raise UserError(f"{override!r} is neither an option nor a key=value (see `rcm {name} --help`)")
+    return arguments

@@ -1,0 +1,22 @@
+"""Transformers: plain modules with one `forward(latents_BCTHW, time_BP, text_BLD) -> velocity_BCTHW`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from .wan import WanTransformer
+
+_CLASSES = {"wan": WanTransformer}
+
+
+def build(config: Mapping[str, Any]) -> nn.Module:
+    """Build a network with random weights from `{"kind": "wan", ...its sizes}` (works under `torch.device("meta")`).
+
+    Raises ValueError for an unknown kind, or sizes that do not fit.
+    """
+    sizes = dict(config)
+    kind = sizes.pop("kind")
+    if kind not in _CLASSES:
+        raise ValueError(f"unknown network kind {kind!r}: expected one of {', '.join(_CLASSES)}")
+    return _CLASSES[kind](**sizes)

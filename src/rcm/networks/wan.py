@@ -1,0 +1,207 @@
+"""The Wan2.1 text-to-video transformer (arXiv 2503.20314), at any size; `state_dict()` has the official names.
+
+Shapes: B batch, C channels, T frames, H, W latent height and width, S = T·H·W / patch volume image tokens, L text
+tokens, D width, N heads, P time steps per sample (1, or T for a time per frame).
+
+Tangents need no second class: `forward` takes `torch.autograd.forward_ad` dual tensors as well (see `rcm.dual`).
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from flash_jvp import attention
+from torch import Tensor, nn
+
+
+def sinusoid(position: Tensor, size: int) -> Tensor:
+    """Embed positions as [cos, sin] of geometrically spaced frequencies from 1 to 1/10000: (...,) -> (..., size)."""
+    exponent = torch.arange(size // 2, dtype=torch.float64, device=position.device) / (size // 2)
+    angle = position.to(torch.float64)[..., None] * 10000.0**-exponent
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+def rotary_angles(frames: int, height: int, width: int, head_size: int, device: torch.device) -> Tensor:
+    """Angles (S, head_size / 2) of the 3D rotary embedding: the head is split over the axes t, h and w."""
+    pairs = head_size // 2
+    shares = (pairs - 2 * (pairs // 3), pairs // 3, pairs // 3)
+    axes = []
+    for length, share in zip((frames, height, width), shares, strict=True):
+        frequency = 10000.0 ** -(torch.arange(share, dtype=torch.float64, device=device) / share)
+        axes.append(torch.arange(length, dtype=torch.float64, device=device)[:, None] * frequency)
+    t, h, w = axes
+    grid = (frames, height, width, -1)
+    return torch.cat(
+        [t[:, None, None].expand(grid), h[None, :, None].expand(grid), w[None, None].expand(grid)], dim=-1
+    ).flatten(0, 2)
+
+
+def rotate(x_BNSD: Tensor, cos_SD: Tensor, sin_SD: Tensor) -> Tensor:
+    """Turn each pair of neighbouring channels by its angle; `cos`, `sin` hold every angle twice."""
+    even, odd = x_BNSD.unflatten(-1, (-1, 2)).unbind(-1)
+    return x_BNSD * cos_SD + torch.stack([-odd, even], dim=-1).flatten(-2) * sin_SD
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight over the last axis."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with RMS-normalised queries and keys; to itself with rotary angles, or to a text."""
+
+    def __init__(self, width: int, heads: int, eps: float):
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v, self.o = (nn.Linear(width, width) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(width, eps), RMSNorm(width, eps)
+
+    def forward(self, x_BSD: Tensor, context_BLD: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        q, k, v = (
+            y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for y in (self.norm_q(self.q(x_BSD)), self.norm_k(self.k(context_BLD)), self.v(context_BLD))
+        )
+        if rotary is not None:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        return self.o(attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention to the text and an MLP; shift, scale and gate from the time (six-way)."""
+
+    def __init__(self, width: int, mlp_width: int, heads: int, eps: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps, elementwise_affine=False)
+        self.self_attn = Attention(width, heads, eps)
+        self.norm3 = nn.LayerNorm(width, eps)
+        self.cross_attn = Attention(width, heads, eps)
+        self.norm2 = nn.LayerNorm(width, eps, elementwise_affine=False)
+        self.ffn = nn.Sequential(nn.Linear(width, mlp_width), nn.GELU("tanh"), nn.Linear(mlp_width, width))
+        self.modulation = nn.Parameter(torch.randn(1, 6, width) / width**0.5)
+
+    def forward(self, x_BSD: Tensor, time_BP6D: Tensor, text_BLD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = per_token(self.modulation + time_BP6D, x_BSD.shape[1])
+        y = self.norm1(x_BSD) * (1 + scale1) + shift1
+        x_BSD = x_BSD + self.self_attn(y, y, rotary) * gate1
+        x_BSD = x_BSD + self.cross_attn(self.norm3(x_BSD), text_BLD)
+        return x_BSD + self.ffn(self.norm2(x_BSD) * (1 + scale2) + shift2) * gate2
+
+
+class Head(nn.Module):
+    """Adaptive layer norm and projection of every token to its patch."""
+
+    def __init__(self, width: int, patch_elements: int, eps: float):
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps, elementwise_affine=False)
+        self.head = nn.Linear(width, patch_elements)
+        self.modulation = nn.Parameter(torch.randn(1, 2, width) / width**0.5)
+
+    def forward(self, x_BSD: Tensor, time_BPD: Tensor) -> Tensor:
+        shift, scale = per_token(self.modulation + time_BPD[:, :, None], x_BSD.shape[1])
+        return self.head(self.norm(x_BSD) * (1 + scale) + shift)
+
+
+def per_token(modulation_BPKD: Tensor, tokens: int) -> tuple[Tensor, ...]:
+    """Split K modulation vectors, each (B, 1, D), or (B, S, D) where every frame has its own time."""
+    steps = modulation_BPKD.shape[1]
+    if steps > 1:
+        modulation_BPKD = modulation_BPKD.repeat_interleave(tokens // steps, dim=1)
+    return modulation_BPKD.unbind(2)
+
+
+class PatchEmbedding(nn.Conv3d):
+    """The official strided convolution, computed as a product of matrices (which forward mode differentiates)."""
+
+    def forward(self, x_BCTHW: Tensor) -> Tensor:
+        (b, c, *size), (p, q, r) = x_BCTHW.shape, self.kernel_size
+        t, h, w = size[0] // p, size[1] // q, size[2] // r
+        patches = x_BCTHW.reshape(b, c, t, p, h, q, w, r).permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(b, t * h * w, -1)
+        return F.linear(patches, self.weight.flatten(1), self.bias)
+
+
+class WanTransformer(nn.Module):
+    """Predict the rectified-flow velocity (noise - data) of latents.
+
+    `time_scale` multiplies the rectified-flow time before `forward` (1000 for Wan2.1). `positions`, the largest
+    (T, H, W) in tokens, adds learned absolute positions to the rotary ones: Wan2.1 has none, but in a grid of 3 x 3
+    tokens relative positions cannot tell left from right before anything is visible.
+    """
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        mlp_width: int,
+        layers: int,
+        heads: int,
+        in_channels: int = 16,
+        out_channels: int = 16,
+        text_width: int = 4096,
+        time_width: int = 256,
+        patch: Sequence[int] = (1, 2, 2),
+        time_scale: float = 1000.0,
+        positions: Sequence[int] | None = None,
+        eps: float = 1e-6,
+    ):
+        super().__init__()
+        if width % heads or (width // heads) % 2:
+            raise ValueError(f"width {width} does not split into {heads} heads of even size")
+        self.heads, self.out_channels, self.time_width, self.time_scale = heads, out_channels, time_width, time_scale
+        self.patch = tuple(patch)
+        self.patch_embedding = PatchEmbedding(in_channels, width, self.patch, self.patch)
+        self.text_embedding = nn.Sequential(nn.Linear(text_width, width), nn.GELU("tanh"), nn.Linear(width, width))
+        self.time_embedding = nn.Sequential(nn.Linear(time_width, width), nn.SiLU(), nn.Linear(width, width))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        self.blocks = nn.ModuleList(Block(width, mlp_width, heads, eps) for _ in range(layers))
+        self.head = Head(width, math.prod(self.patch) * out_channels, eps)
+        self.positions = (
+            nn.ParameterList(torch.randn(length, width) * 0.02 for length in positions) if positions else None
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Xavier matrices, zero biases, and a zero last layer, as Wan2.1 starts its training."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
+        for sequence in (self.text_embedding, self.time_embedding):
+            for layer in (sequence[0], sequence[2]):
+                nn.init.normal_(layer.weight, std=0.02)
+        nn.init.zeros_(self.head.head.weight)
+
+    def forward(self, latents_BCTHW: Tensor, time_BP: Tensor, text_BLD: Tensor) -> Tensor:
+        """Velocity (B, C, T, H, W) of latents at `time_BP` = rectified-flow time · `time_scale`, given a text.
+
+        Raises ValueError where the latents do not divide into patches, or there are neither one nor T times.
+        """
+        size = latents_BCTHW.shape[2:]
+        if any(n % p for n, p in zip(size, self.patch, strict=True)):
+            raise ValueError(f"latents of size {tuple(size)} do not divide into patches of {self.patch}")
+        if time_BP.ndim != 2 or time_BP.shape[1] not in (1, size[0]):
+            raise ValueError(f"time must be (B, 1) or (B, {size[0]}), got {tuple(time_BP.shape)}")
+        t, h, w = (n // p for n, p in zip(size, self.patch, strict=True))
+        dtype = self.head.head.weight.dtype
+
+        x = self.patch_embedding(latents_BCTHW.to(dtype))
+        if self.positions is not None:
+            pt, ph, pw = self.positions
+            x = x + (pt[:t, None, None] + ph[None, :h, None] + pw[None, None, :w]).flatten(0, 2)
+        time_BPD = self.time_embedding(sinusoid(time_BP, self.time_width).to(dtype))
+        time_BP6D = self.time_projection(time_BPD).unflatten(-1, (6, -1))
+        text = self.text_embedding(text_BLD.to(dtype))
+        angles = rotary_angles(t, h, w, x.shape[-1] // self.heads, x.device).repeat_interleave(2, dim=-1)
+        rotary = angles.cos().to(dtype), angles.sin().to(dtype)
+        for block in self.blocks:
+            x = block(x, time_BP6D, text, rotary)
+        patches = self.head(x, time_BPD).unflatten(-1, (*self.patch, self.out_channels)).unflatten(1, (t, h, w))
+        return patches.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(-1, self.out_channels, *size)
