@@ -1,0 +1,68 @@
+"""Power-function exponential moving average of weights (Karras et al. 2024, arXiv 2312.02696, section 3.1)."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+def exponent(length: float) -> float:
+    """gamma of the profile t^gamma whose standard deviation is the share `length` of the training so far.
+
+    The largest real root of gamma^3 + 7 gamma^2 + (16 - length^-2) gamma + 12 - length^-2 = 0. Raises ValueError
+    where there is no profile: `length` must lie in (0, 12^-1/2), the deviation of equal weights.
+    """
+    if not 0 < length < 12**-0.5:
+        raise ValueError(f"the length of the EMA must lie between 0 and {12**-0.5:.4f}, got {length}")
+    roots = np.roots([1, 7, 16 - length**-2, 12 - length**-2])
+    return float(roots.real[np.abs(roots.imag) < 1e-9].max())
+
+
+class PowerEMA:
+    """Average of a network's parameters over its updates, `decay(k) = (1 - 1 / (k + 1))^(gamma + 1)` at update k.
+
+    Unrolled, the weights before the first update (m = 0) and after update m enter the average after update k with
+    ((m + 1)^(gamma + 1) - m^(gamma + 1)) / (k + 1)^(gamma + 1).
+    """
+
+    def __init__(self, network: nn.Module, length: float):
+        self.exponent = exponent(length)
+        self.network = network
+        self.average = {name: p.detach().clone() for name, p in network.named_parameters()}
+
+    def decay(self, update: int) -> float:
+        return (1 - 1 / (update + 1)) ** (self.exponent + 1)
+
+    @torch.no_grad()
+    def step(self, update: int) -> None:
+        """Take in the weights after update number `update`, counted from 1."""
+        torch._foreach_lerp_(list(self.average.values()), list(self.network.parameters()), 1 - self.decay(update))
+
+    @torch.no_grad()
+    def copy_to_network(self) -> None:
+        """Give the network the averaged weights."""
+        for name, parameter in self.network.named_parameters():
+            parameter.copy_(self.average[name])
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The network carries the averaged weights inside the `with` block, its own again behind it."""
+        own = [p.detach().clone() for p in self.network.parameters()]
+        self.copy_to_network()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, value in zip(self.network.parameters(), own, strict=True):
+                    parameter.copy_(value)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.average
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        if state.keys() != self.average.keys():
+            raise ValueError("the averaged weights belong to another network")
+        for name, value in state.items():
+            self.average[name].copy_(value)

@@ -1,0 +1,87 @@
+"""Figures of every training step, as JSON lines and on request in wandb."""
+
+import json
+import math
+import netrc
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rcm.artefact import UserError
+
+
+class MetricsLog:
+    """Append a row of figures per step to `path`; after a resume the file goes on as if nothing had happened.
+
+    The values of a row depend on configuration and seed alone, except for those under the key `wall`.
+    """
+
+    def __init__(self, path: Path, *, step: int = 0, wandb: str = "disabled", config: Mapping[str, Any] | None = None):
+        """Rows behind `step` are cut off. `wandb` is disabled, offline or online; `config` is shown there."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        keep = _bytes_up_to(path, step)
+        self._file = path.open("ab")
+        self._file.truncate(keep)
+        self._wandb = None if wandb == "disabled" else _wandb_run(wandb, path.parent, config)
+
+    def write(self, step: int, row: Mapping[str, Any]) -> None:
+        """Append the row of a step; figures that are not finite become null."""
+        row = _finite({"iteration": step, **row})
+        self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
+        if self._wandb is not None:
+            self._wandb.log(row, step=step)
+
+    def flush(self) -> None:
+        """Put every row so far on the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self.flush()
+        self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _bytes_up_to(path: Path, step: int) -> int:
+    """The length of the leading part of `path` that holds whole rows up to `step`."""
+    size = 0
+    if path.exists():
+        with path.open("rb") as file:
+            for line in file:
+                try:
+                    row_step = json.loads(line)["iteration"]
+                except (ValueError, KeyError, TypeError):
+                    break
+                if row_step > step or not line.endswith(b"\n"):
+                    break
+                size += len(line)
+    return size
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _wandb_run(mode: str, folder: Path, config: Mapping[str, Any] | None) -> Any:
+    """A wandb run that never asks for a key."""
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("wandb is not installed: `pip install wandb`, or set distillation.wandb=disabled") from None
+    if mode == "online" and not _has_wandb_key():
+        raise UserError("no key for wandb: run `wandb login`, set WANDB_API_KEY, or set distillation.wandb=offline")
+    return wandb.init(project="rcm", dir=folder, mode=mode, config=dict(config or {}))
+
+
+def _has_wandb_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].rstrip("/")
+    try:
+        return netrc.netrc().authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

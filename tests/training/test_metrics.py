@@ -1,0 +1,46 @@
+import json
+
+import pytest
+
+from rcm.artefact import UserError
+from rcm.training.metrics import MetricsLog
+
+
+def write(path, rows, **options):
+    log = MetricsLog(path, **options)
+    for i in rows:
+        log.write(i, {"loss": 1 / i})
+    log.close()
+
+
+def test_rows_behind_the_resumed_step_are_replaced(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write(path, range(1, 8))
+    whole = path.read_bytes()
+    with path.open("ab") as file:
+        file.write(b'{"iteration": 8, "lo')  # killed while writing
+    write(path, range(6, 8), step=5)
+    assert path.read_bytes() == whole
+
+
+def test_a_fresh_start_empties_the_file(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write(path, range(1, 8))
+    write(path, range(1, 3))
+    assert [json.loads(line)["iteration"] for line in path.read_text().splitlines()] == [1, 2]
+
+
+def test_figures_that_are_not_finite_are_null(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.write(1, {"loss": float("nan"), "wall": {"seconds": float("inf")}, "role": "student"})
+    log.close()
+    row = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert row == {"iteration": 1, "loss": None, "wall": {"seconds": None}, "role": "student"}
+
+
+def test_wandb_online_without_a_key_is_an_error_and_no_question(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(UserError, match="no key for wandb"):
+        MetricsLog(tmp_path / "metrics.jsonl", wandb="online")
