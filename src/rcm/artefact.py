@@ -1,0 +1,324 @@
+"""Artefacts: files and folders, written as a whole or not at all, known by their content, with their provenance.
+
+A writer works in a temporary folder beside the final name and renames. Whoever dies on the way (an exception, Ctrl-C,
+kill -9) leaves nothing under the final name; the next writer of that name removes what a killed process left behind.
+"""
+
+import fcntl
+import functools
+import glob
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"  # a folder that holds one names its own content there, under "content_sha256"
+_PARTIAL = ".partial"
+_PACKAGES = (
+    "torch",
+    "numpy",
+    "safetensors",
+    "webdataset",
+    "hydra-core",
+    "snakemake",
+    "opencv-python-headless",
+    "pillow",
+)
+
+
+class UserError(Exception):
+    """A mistake of the user, in one sentence: what was wrong, what was expected, what to do. No traceback is shown."""
+
+
+def reason(error: BaseException) -> str:
+    """First line of an exception's message, or its name, for use inside a UserError."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+# --- Writing -------------------------------------------------------------------------------------------------------
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove_leftovers(final: Path) -> None:
+    """Delete staging folders of `final` whose writer is dead: a living writer holds a lock on its own."""
+    for folder in final.parent.glob(f".{glob.escape(final.name)}.*{_PARTIAL}"):
+        try:
+            descriptor = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+        except OSError:  # locked, or a file system without locks
+            pass
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def _staging(final: Path) -> Iterator[Path]:
+    """A locked folder `.NAME.xxxxxxxx.partial` beside `final` (so on the same file system), removed afterwards."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(final)
+    folder = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=_PARTIAL, dir=final.parent))
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield folder
+    finally:
+        os.close(descriptor)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def atomic_file(path: Path | str) -> Iterator[Path]:
+    """Yield a temporary path of the same name; when the block succeeds, what it wrote there replaces `path` at once."""
+    final = Path(path)
+    if final.is_dir():
+        raise UserError(f"{final} is a folder, but a file is to be written there; remove it or choose another name")
+    with _staging(final) as folder:
+        temporary = folder / final.name
+        yield temporary
+        _sync(temporary)
+        temporary.replace(final)
+        _sync(final.parent)
+
+
+@contextmanager
+def atomic_folder(path: Path | str) -> Iterator[Path]:
+    """Yield an empty temporary folder of the same name; when the block succeeds it takes the place of `path`.
+
+    An older folder of that name is moved aside first and then deleted. Between these two renames there is no folder
+    at all (never half of one), so a run that is killed just there has to be repeated.
+    """
+    final = Path(path)
+    if final.exists() and not final.is_dir():
+        raise UserError(f"{final} is a file, but a folder is to be written there; remove it or choose another name")
+    with _staging(final) as folder:
+        temporary = folder / final.name
+        temporary.mkdir()
+        yield temporary
+        for root, _, names in os.walk(temporary):
+            for name in names:
+                _sync(Path(root, name))
+            _sync(Path(root))
+        if final.exists():
+            final.replace(folder / "replaced")
+        temporary.replace(final)
+        _sync(final.parent)
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Write `text` (UTF-8, newlines as they are) to `path` atomically."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="")
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    """Write `value` to `path` atomically as indented JSON; refuses NaN, which JSON does not have."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path | str) -> Any:
+    """Read JSON; a missing or damaged file is a UserError that names it."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON (damaged or truncated?): {error}") from error
+
+
+# --- Identity ------------------------------------------------------------------------------------------------------
+
+
+def sha256_json(value: Any) -> str:
+    """SHA-256 of a value of JSON types; the order of keys does not matter."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def sha256_file(path: Path | str) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_folder(path: Path | str) -> str:
+    """SHA-256 over the relative names and bytes of all files in a folder; times and permissions do not matter."""
+    root = Path(path)
+    files = sorted((file.relative_to(root).as_posix(), file) for file in root.rglob("*") if file.is_file())
+    return sha256_json([[name, sha256_file(file)] for name, file in files])
+
+
+def content_sha256(path: Path | str) -> str:
+    """What identifies an artefact: the bytes of a file, the files of a folder, or what the folder's manifest names.
+
+    The last is for DCP folders, whose files may differ although their tensors are equal (`rcm.checkpoints.dcp`).
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path} does not exist")
+    if not path.is_dir():
+        return sha256_file(path)
+    if (path / MANIFEST).exists():
+        manifest = read_json(path / MANIFEST)
+        if isinstance(manifest, dict) and isinstance(manifest.get("content_sha256"), str):
+            return manifest["content_sha256"]
+    return sha256_folder(path)
+
+
+@functools.cache
+def code_digest(*roots: Path | str) -> str:
+    """SHA-256 over the source files below `roots`; by default of this library and of the attention kernels."""
+    folders = [Path(root) for root in roots] or [Path(__file__).parent, *_kernel_folders()]
+    digests = []
+    for root in folders:
+        files = [root] if root.is_file() else root.rglob("*")
+        sources = [file for file in files if file.is_file() and "__pycache__" not in file.parts]
+        digests += [[root.name, file.relative_to(root).as_posix(), sha256_file(file)] for file in sorted(sources)]
+    return sha256_json(digests)
+
+
+def _kernel_folders() -> list[Path]:
+    spec = importlib.util.find_spec("flash_jvp")
+    return [Path(folder) for folder in (spec.submodule_search_locations or [])] if spec else []
+
+
+# --- Provenance ----------------------------------------------------------------------------------------------------
+
+
+def _relative(path: Path) -> str:
+    """The path as seen from the working directory; outside of it the bare name, which means the same elsewhere."""
+    relative = Path(os.path.relpath(path))
+    return path.name if relative.parts[:1] == ("..",) else relative.as_posix()
+
+
+def _git_version() -> dict[str, Any] | None:
+    """Commit of the working copy this library runs from and whether it has changes; None outside of git."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        git(
+            "ls-files", "--error-unmatch", Path(__file__).name
+        )  # not some other repository around a virtual environment
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _host() -> dict[str, Any]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    host: dict[str, Any] = {"system": f"{platform.system()} {platform.machine()}", "cpu": _cpu_model(), "cores": cores}
+    torch = sys.modules.get("torch")  # looked at only if the stage has used it
+    if torch is not None:
+        host["threads"] = torch.get_num_threads()
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            host["gpu"] = torch.cuda.get_device_name()
+            host["gpu_peak_mib"] = torch.cuda.max_memory_allocated() // 2**20
+    return host
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _peak_mib() -> float:
+    """Largest resident memory of this process so far, MiB (getrusage counts in KiB, on macOS in bytes)."""
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
+
+
+def beside(path: Path | str, suffix: str) -> Path:
+    """The companion of an artefact: `beside("a/x.tar", ".prov.json")` is `a/x.tar.prov.json`."""
+    path = Path(path)
+    return path.with_name(path.name + suffix)
+
+
+@contextmanager
+def recording(
+    *outputs: Path | str,
+    stage: str,
+    inputs: Iterable[Path | str] = (),
+    config: Mapping[str, Any] | None = None,
+    seed: int | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Write `X.prov.json` and `X.run.json` beside every output X once the block has made them.
+
+    Args:
+        outputs: the files and folders that the block writes.
+        stage: name of the stage, as on the command line.
+        inputs: files and folders that it reads; a missing one is a UserError before any work is done.
+        config: the numbers that the stage depends on, JSON types only.
+        seed: the seed it ran under.
+
+    `.prov.json` is a function of inputs, code and configuration (no times, hosts or absolute paths); `.run.json` says
+    what this one run took, and where. Yields a dict for facts of the run, which end up in `.run.json`.
+    """
+    started, clock = datetime.now(UTC), time.perf_counter()
+    files = [Path(path) for path in inputs]
+    for path in files:
+        if not path.exists():
+            raise UserError(f"input {path} does not exist; make it first, or check the path")
+    provenance = {
+        "stage": stage,
+        "inputs": [{"path": _relative(path), "sha256": content_sha256(path)} for path in files],
+        "config": dict(config or {}),
+        "config_sha256": sha256_json(dict(config or {})),
+        "code_sha256": code_digest(),
+        "seed": seed,
+    }
+    git = _git_version()
+    facts: dict[str, Any] = {}
+    yield facts
+    run = {
+        "stage": stage,
+        "started": started.isoformat(timespec="seconds"),
+        "wall_seconds": round(time.perf_counter() - clock, 3),
+        "peak_mib": _peak_mib(),
+        "host": _host(),
+        "versions": _versions(),
+        "git": git,
+        "facts": facts,
+    }
+    for path in map(Path, outputs):
+        identity = {"artefact": _relative(path), "sha256": content_sha256(path)}
+        write_json(beside(path, ".prov.json"), identity | provenance)
+        write_json(beside(path, ".run.json"), {"artefact": _relative(path)} | run)
