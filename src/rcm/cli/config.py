@@ -1,0 +1,225 @@
+"""The configuration: Hydra composes it, JSON schemas check it, and a mistake in it is one sentence.
+
+`config/` holds every number of the science; `config/schema.json` says what each may be. Both the stages and the
+Snakefile come here, so that a typo reads the same wherever it is met. Imports nothing heavy.
+"""
+
+import difflib
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from jsonschema import Draft202012Validator, ValidationError
+from jsonschema.validators import extend
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from rcm.artefact import UserError
+
+GROUPS = ("experiment", "objective", "network", "pretrain")
+
+
+def config_dir() -> Path:
+    """The folder of the Hydra tree: RCM_CONFIG_DIR, or `config` of the working copy, or of the current folder."""
+    given = os.environ.get("RCM_CONFIG_DIR")
+    candidates = [Path(given)] if given else [Path(__file__).parents[3] / "config", Path("config")]
+    for folder in candidates:
+        if (folder / "config.yaml").is_file():
+            return folder.resolve()
+    where = f"RCM_CONFIG_DIR is {given!r}" if given else "run from the root of the repository or set RCM_CONFIG_DIR"
+    raise UserError(f"no config.yaml in {' or '.join(map(str, candidates))}: {where}")
+
+
+def compose(overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """Compose the tree with Hydra overrides such as `experiment=tiny-clips`, resolve and check it.
+
+    Returns plain dicts, lists and numbers. Raises UserError with one sentence that names the key, what was given and what
+    is allowed.
+    """
+    overrides = list(overrides)
+    with _hydra():
+        tree = _composed(overrides)
+    validate(tree, read_schema(config_dir() / "schema.json"))
+    _check_combinations(tree)
+    return tree
+
+
+def options(group: str) -> list[str]:
+    """Names of the configurations in a group, such as the experiments."""
+    return sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
+
+
+def _hydra() -> Any:
+    GlobalHydra.instance().clear()  # a caller that composes twice, or an application that uses Hydra itself
+    return initialize_config_dir(config_dir=str(config_dir()), version_base="1.3")
+
+
+def _composed(overrides: Sequence[str]) -> dict[str, Any]:
+    try:
+        tree = OmegaConf.to_container(hydra_compose("config", overrides=list(overrides)), resolve=True)
+    except MissingConfigException as error:
+        group, _, name = str(error.missing_cfg_file).partition("/")
+        names = options(group)
+        raise UserError(_sentence(group, name, f"one of {', '.join(names)}", names)) from None
+    except ConfigCompositionException as error:
+        match = re.search(r"'([^']+)'", str(error))
+        raise UserError(_unknown(match[1] if match else str(error), overrides)) from None
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise UserError(f"configuration with {' '.join(overrides)}: {str(error).splitlines()[0]}") from None
+    assert isinstance(tree, dict)
+    return {str(key): value for key, value in tree.items()}
+
+
+def _unknown(key: str, overrides: Sequence[str]) -> str:
+    """Which keys there are where an override names one that there is not."""
+    given = next((o.partition("=")[2] for o in overrides if o.lstrip("+~").partition("=")[0] == key), "")
+    tree: Any = _composed([o for o in overrides if o.partition("=")[0] in GROUPS])
+    place: list[str] = []
+    for part in key.split("."):
+        if not isinstance(tree, dict) or part not in tree:
+            break
+        tree = tree[part]
+        place.append(part)
+    prefix = "".join(f"{part}." for part in place)
+    if not isinstance(tree, dict):
+        return f"configuration key {key!r} is unknown: {prefix[:-1]!r} is {_shown(tree)} and has no keys below it"
+    return _unknown_key(key, given, [f"{prefix}{name}" for name in tree])
+
+
+# --- Checking against a schema -------------------------------------------------------------------------------------
+
+
+# JSON takes 1000.0 for an integer; where a number counts something, Python does not
+_Validator = extend(
+    Draft202012Validator,
+    type_checker=Draft202012Validator.TYPE_CHECKER.redefine("integer", lambda _, value: type(value) is int),
+)
+
+
+@cache
+def read_schema(path: Path) -> dict[str, Any]:
+    """Read a JSON schema."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def validate(value: Mapping[str, Any], schema: Mapping[str, Any], where: str = "") -> None:
+    """Raise UserError for the first thing in `value` that `schema` does not allow; `where` names the file, if it is one."""
+    errors = sorted(_Validator(dict(schema)).iter_errors(value), key=lambda error: list(map(str, error.path)))
+    if errors:
+        raise UserError((f"{where}: " if where else "") + _explained(errors[0]))
+
+
+def _explained(error: ValidationError) -> str:
+    key = ".".join(map(str, error.absolute_path))
+    rule, given, schema = error.validator, error.instance, error.schema
+    if rule == "additionalProperties":
+        prefix = f"{key}." if key else ""
+        extra = next(name for name in given if name not in schema["properties"])
+        return _unknown_key(f"{prefix}{extra}", given[extra], [f"{prefix}{name}" for name in schema["properties"]])
+    if rule == "required":
+        missing = next(name for name in schema["required"] if name not in given)
+        return f"configuration key {f'{key}.{missing}' if key else missing!r} is missing"
+    choices = [str(choice) for choice in schema.get("enum", [])]
+    return _sentence(key, given, expected(schema), choices)
+
+
+def expected(schema: Mapping[str, Any]) -> str:
+    """What a schema allows, in words: "an integer of at least 1"."""
+    if "description" in schema:
+        return schema["description"]
+    if "enum" in schema:
+        return f"one of {', '.join(map(str, schema['enum']))}"
+    if "anyOf" in schema:
+        return " or ".join(expected(choice) for choice in schema["anyOf"])
+    bounds = " and ".join(f"{words} {schema[name]}" for name, words in _BOUNDS.items() if name in schema)
+    text = f"{_KINDS[schema['type']]} {bounds}".strip()
+    if "items" in schema:
+        text += f", each {expected(schema['items'])}"
+    return text + (", all different" if schema.get("uniqueItems") else "")
+
+
+_KINDS = {
+    "integer": "an integer",
+    "number": "a number",
+    "string": "a text",
+    "array": "a list",
+    "object": "a section of keys",
+    "null": "null",
+}
+_BOUNDS = {
+    "minimum": "of at least",
+    "exclusiveMinimum": "above",
+    "maximum": "of at most",
+    "exclusiveMaximum": "below",
+    "multipleOf": "that is a multiple of",
+    "minItems": "of length at least",
+    "maxItems": "of length at most",
+    "minLength": "of length at least",
+    "pattern": "that matches",
+}
+
+
+def _sentence(key: str, given: Any, allowed: str, choices: Sequence[str] = ()) -> str:
+    return f"configuration key {key!r} is {_shown(given)}; allowed: {allowed}{_hint(str(given), choices)}"
+
+
+def _unknown_key(key: str, given: Any, known: Sequence[str]) -> str:
+    text = f"configuration key {key!r} (given: {_shown(given)}) is unknown; allowed: {', '.join(known) or 'none'}"
+    return text + _hint(key, known)
+
+
+def _hint(given: str, choices: Sequence[str]) -> str:
+    close = difflib.get_close_matches(given, choices, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+# --- What a schema cannot say --------------------------------------------------------------------------------------
+
+
+def _check_combinations(tree: Mapping[str, Any]) -> None:
+    network, codec, sampler = tree["network"], tree["codec"], tree["sampler"]
+    problems = [
+        (
+            network["width"] % (2 * network["heads"]) != 0,
+            "network.width",
+            network["width"],
+            "a multiple of 2 x network.heads",
+        ),
+        (network["in_channels"] != codec["channels"], "network.in_channels", network["in_channels"], "codec.channels"),
+        (
+            network["out_channels"] != codec["channels"],
+            "network.out_channels",
+            network["out_channels"],
+            "codec.channels",
+        ),
+        (network["text_width"] != tree["text"]["width"], "network.text_width", network["text_width"], "text.width"),
+        (
+            (tree["frames"] == 1) != (tree["media"] == "images") or (tree["frames"] - 1) % codec["stride"] != 0,
+            "frames",
+            tree["frames"],
+            f"1 for images, 1 + a multiple of codec.stride ({codec['stride']}) for clips",
+        ),
+    ]
+    for wrong, key, given, allowed in problems:
+        if wrong:
+            raise UserError(_sentence(key, given, allowed))
+    times = [math.atan(sampler["sigma_max"]), *sampler["mid_times"], 0.0]
+    if any(later >= earlier for earlier, later in zip(times, times[1:], strict=False)):
+        allowed = f"numbers that fall, between atan(sampler.sigma_max) = {times[0]:.4f} and 0"
+        raise UserError(_sentence("sampler.mid_times", sampler["mid_times"], allowed))
+    if not any(value > 0 for value in tree["suites"]["train"]["weights"].values()):
+        raise UserError(_sentence("suites.train.weights", tree["suites"]["train"]["weights"], "at least one above 0"))
