@@ -1,0 +1,97 @@
+"""DMD: distribution matching of the student's own samples, and the critic (fake score) that it needs (arXiv 2510.08431, algorithm 1).
+
+Notation: C = cos t, S = sin t, f a denoiser, F a TrigFlow velocity. Shapes: N steps, B samples, C channels, T frames,
+H × W. There is no adversarial branch.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rcm.flow import Wrapped, guided_velocity, per_sample
+from rcm.objectives.loss import Loss, finite_samples, keep, squared_error
+from rcm.sampling import consistency_sample
+
+SMALLEST_SCALE = 1e-5
+
+
+class Rollout(NamedTuple):
+    """What a sample of the student is made from: TrigFlow times (N, B) and noises (N, B, C, T, H, W)."""
+
+    times: Tensor
+    noises: Tensor
+
+
+def rollout_times(draws_NB: Tensor) -> Tensor:
+    """Decreasing times (N, B): π/2, then the running minimum of the draws of p_D in rows 2 to N (row 1 is not used)."""
+    times = draws_NB.double().clone()
+    times[0] = math.pi / 2
+    return times.cummin(dim=0).values
+
+
+def roll_out(student: Wrapped, rollout: Rollout, text: Tensor, *, grad_last: bool) -> Tensor:
+    """The student's sample x0 (B, C, T, H, W), as the few-step sampler makes it at inference."""
+    return consistency_sample(lambda x, t: student.denoise(x, t, text), *rollout, grad_last=grad_last)
+
+
+def dmd_loss(
+    student: Wrapped,
+    fake: Wrapped,
+    teacher: Wrapped,
+    rollout: Rollout,
+    noise_BCTHW: Tensor,
+    t_B: Tensor,
+    text: Tensor,
+    null_text: Tensor,
+    *,
+    guidance: float,
+) -> Loss:
+    """‖x0 - sg(x0 - d)‖² with d = (f_fake - f_teacher) / m, both denoisers at x_t = C x0 + S noise.
+
+    x0 is the student's sample, with the gradient of its last step alone; m = mean |x0 - f_teacher| of the sample, at
+    least 1e-5; the teacher is guided, the fake score is not. The gradient in x0 is 2 d. (arXiv 2510.08431, algorithm 1.)
+
+    Args:
+        rollout: times and noises of the student's sample.
+        noise_BCTHW: ε that diffuses the sample to t_B, TrigFlow times of the distribution p_D.
+        text: condition (B, L, D); `null_text` (B or 1, L, D) is its unconditional counterpart.
+        guidance: scale of the teacher's classifier-free guidance.
+
+    Returns the loss and `dmd_loss`, `dmd_gap` (mean |f_fake - f_teacher|), `dmd_nan` (samples skipped).
+    """
+    x0 = roll_out(student, rollout, text, grad_last=True)
+    with torch.no_grad():
+        t = per_sample(t_B, x0)
+        x = t.cos() * x0 + t.sin() * noise_BCTHW
+        f_teacher = t.cos() * x - t.sin() * guided_velocity(teacher, x, t_B, text, null_text, guidance)
+        gap = fake.denoise(x, t_B, text) - f_teacher
+        scale = (x0 - f_teacher).abs().flatten(1).mean(dim=1).clamp(min=SMALLEST_SCALE)
+        finite = finite_samples(x0, gap)
+        target = x0 - gap / per_sample(scale, gap)
+    loss = squared_error(x0 - target, finite)
+    metrics = {
+        "dmd_loss": loss.detach(),
+        "dmd_gap": keep(finite, gap).abs().flatten(1).mean(dim=1).sum() / finite.sum().clamp(min=1),
+        "dmd_nan": (~finite).sum(),
+    }
+    return loss, metrics
+
+
+def critic_loss(
+    fake: Wrapped, student: Wrapped, rollout: Rollout, noise_BCTHW: Tensor, t_B: Tensor, text: Tensor
+) -> Loss:
+    """‖F_fake - v‖² with v = C noise - S x0 at x_t = C x0 + S noise, x0 a sample of the student without gradient.
+
+    The same as ‖f_fake - x0‖² / S²: the fake score learns to denoise what the student makes. Arguments
+    as in `dmd_loss`. Returns the loss and `critic_loss`, `critic_nan` (samples skipped).
+    """
+    x0 = roll_out(student, rollout, text, grad_last=False)
+    t = per_sample(t_B, x0)
+    x, v = t.cos() * x0 + t.sin() * noise_BCTHW, t.cos() * noise_BCTHW - t.sin() * x0
+    finite = finite_samples(x)
+    velocity = fake.velocity(keep(finite, x), t_B, text)
+    finite &= finite_samples(velocity.detach())
+    loss = squared_error(velocity - keep(finite, v), finite)
+    return loss, {"critic_loss": loss.detach(), "critic_nan": (~finite).sum()}
