@@ -5,7 +5,7 @@ A sample with a value that is not finite adds nothing to the loss and is counted
 """
 
 from rcm.objectives.dmd import Rollout, critic_loss, dmd_loss, rollout_times
-from rcm.objectives.rcm import balance, rcm_loss
+from rcm.objectives.rcm import balance
 from rcm.objectives.scm import scm_loss, scm_tangent
 
 __all__ = [
@@ -13,7 +13,6 @@ __all__ = [
     "balance",
     "critic_loss",
     "dmd_loss",
-    "rcm_loss",
     "rollout_times",
     "scm_loss",
     "scm_tangent",

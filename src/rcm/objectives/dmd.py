@@ -59,7 +59,7 @@ def dmd_loss(
         text: condition (B, L, D); `null_text` (B or 1, L, D) is its unconditional counterpart.
         guidance: scale of the teacher's classifier-free guidance.
 
-    Returns the loss and `dmd_loss`, `dmd_gap` (mean |f_fake - f_teacher|), `dmd_nan` (samples skipped).
+    Returns the loss and `dmd_gap` (mean |f_fake - f_teacher|), `dmd_nan` (samples skipped).
     """
     x0 = roll_out(student, rollout, text, grad_last=True)
     with torch.no_grad():
@@ -72,7 +72,6 @@ def dmd_loss(
         target = x0 - gap / per_sample(scale, gap)
     loss = squared_error(x0 - target, finite)
     metrics = {
-        "dmd_loss": loss.detach(),
         "dmd_gap": keep(finite, gap).abs().flatten(1).mean(dim=1).sum() / finite.sum().clamp(min=1),
         "dmd_nan": (~finite).sum(),
     }
@@ -85,7 +84,7 @@ def critic_loss(
     """‖F_fake - v‖² with v = C noise - S x0 at x_t = C x0 + S noise, x0 a sample of the student without gradient.
 
     The same as ‖f_fake - x0‖² / S²: the fake score learns to denoise what the student makes. Arguments
-    as in `dmd_loss`. Returns the loss and `critic_loss`, `critic_nan` (samples skipped).
+    as in `dmd_loss`. Returns the loss and `critic_nan` (samples skipped).
     """
     x0 = roll_out(student, rollout, text, grad_last=False)
     t = per_sample(t_B, x0)
@@ -94,4 +93,4 @@ def critic_loss(
     velocity = fake.velocity(keep(finite, x), t_B, text)
     finite &= finite_samples(velocity.detach())
     loss = squared_error(velocity - keep(finite, v), finite)
-    return loss, {"critic_loss": loss.detach(), "critic_nan": (~finite).sum()}
+    return loss, {"critic_nan": (~finite).sum()}

@@ -1,13 +1,9 @@
-"""rCM: the sum of sCM and λ · DMD, consistency with the distribution of samples as its regulariser (arXiv 2510.08431, algorithm 1)."""
+"""rCM: L_sCM + λ L_DMD, consistency with the distribution of samples as its regulariser (arXiv 2510.08431, alg. 1).
+
+The sum is taken by the training step, as two backward passes into the same gradients: one graph in memory at a time.
+"""
 
 import math
-
-from rcm.objectives.loss import Loss
-
-
-def rcm_loss(scm: Loss, dmd: Loss, weight: float) -> Loss:
-    """L_sCM + λ L_DMD of what `scm_loss` and `dmd_loss` return, λ the weight, with the metrics of both."""
-    return scm[0] + weight * dmd[0], scm[1] | dmd[1]
 
 
 def balance(weight: float, elements: int) -> float:

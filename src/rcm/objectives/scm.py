@@ -69,7 +69,7 @@ def scm_loss(
         guidance: scale of the teacher's classifier-free guidance.
         warmup: q, from 0 to 1.
 
-    Returns the loss and `scm_loss`, `scm_tangent_norm` (mean of ‖g‖), `scm_nan` (samples skipped).
+    Returns the loss and `scm_tangent_norm` (mean of ‖g‖), `scm_nan` (samples skipped).
     """
     t = per_sample(t_B, x0_BCTHW)
     x = t.cos() * x0_BCTHW + t.sin() * noise_BCTHW
@@ -82,7 +82,6 @@ def scm_loss(
     finite &= finite_samples(velocity.detach())
     loss = squared_error(velocity - target, finite)
     metrics = {
-        "scm_loss": loss.detach(),
         "scm_tangent_norm": g_norm.sum() / finite.sum().clamp(min=1),
         "scm_nan": (~finite).sum(),
     }
