@@ -1,8 +1,8 @@
 """The command line: `python -m rcm STAGE`, one thin function a stage.
 
-A stage reads the composed configuration, opens files, calls the library and writes its outputs atomically; formulas live
-below. Mistakes of the user end in one sentence and exit status 2, Ctrl-C in one sentence and 130. The stage's module, and
-with it torch, is imported only when the stage runs, so that `--help` is instant.
+A stage reads the composed configuration, opens files, calls the library and writes its outputs atomically; formulas
+live below. Mistakes of the user end in one sentence and exit status 2, Ctrl-C in one sentence and 130. A stage's
+module, and torch with it, is imported only when the stage runs, so that `--help` is instant.
 """
 
 import sys

@@ -1,16 +1,17 @@
 """What is installed, which backends will be used, and what stands in for what is missing."""
 
 import argparse
-import importlib.util
 import os
 import platform
 import shutil
-from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 
 from rcm.artefact import UserError
 
-REQUIRED = ("torch", "numpy", "hydra-core", "safetensors", "webdataset", "pillow", "opencv-python-headless", "pandas", "matplotlib")
+REQUIRED = (
+    *("torch", "numpy", "hydra-core", "safetensors", "webdataset", "pillow", "opencv-python-headless", "pandas"),
+    *("matplotlib", "jsonschema", "jinja2"),
+)
 OPTIONAL = {  # distribution: what happens without it
     "snakemake": "stages must be run one by one: pip install snakemake",
     "wandb": "metrics go to JSON lines only",
@@ -73,10 +74,16 @@ def accelerator() -> list[str]:
     """Threads, CUDA and the attention backend that would be chosen here."""
     import torch
 
-    lines = [line("threads", f"{torch.get_num_threads()} (OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'unset')})")]
+    from flash_jvp import BACKENDS
+
+    setting = os.environ.get("OMP_NUM_THREADS", "not set")
+    lines = [line("threads", f"{torch.get_num_threads()} (OMP_NUM_THREADS {setting})")]
     if torch.cuda.is_available():
         names = ", ".join(torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count()))
-        lines.append(line("CUDA", f"{torch.version.cuda}: {names}"))
+        lines.append(
+            line("CUDA", f"{torch.version.cuda}, {names}; the scale tiny computes on the processor all the same")
+        )
     else:
         lines.append(line("CUDA", "absent: everything runs on the processor"))
-    return [*lines, line("attention", attention_backend())]
+    lines.append(line("attention", "scaled_dot_product_attention of PyTorch"))
+    return [*lines, line("attention with tangents", f"flash_jvp, backend torch (of {', '.join(sorted(BACKENDS))})")]

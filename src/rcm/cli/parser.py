@@ -34,12 +34,12 @@ class Stage:
     exclusive: tuple[str, ...] = field(default=())  # options of which exactly one must be given
 
 
-def part(text: str) -> tuple[int, int]:
-    """`2-of-4` as (2, 4)."""
+def part(text: str) -> str:
+    """`K-of-N`, checked."""
     number, separator, count = text.partition("-of-")
     if not (separator and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
         raise argparse.ArgumentTypeError(f"{text!r} is no part; expected something like 1-of-4")
-    return int(number), int(count)
+    return text
 
 
 def natural(text: str) -> int:
@@ -114,11 +114,11 @@ STAGES: dict[str, Stage] = {
             Option("--resume", "folder of the unfinished state"),
             Option("--out", "the student, a DCP folder"),
             Option("--metrics", "one line a step, FILE.jsonl"),
-            Option("--previews", "folder of sample grids made during training"),
+            Option("--previews", "folder of sample grids, made during training (until its end under --resume)"),
         ),
         "rcm distill objective=rcm seed=0 --teacher data/tiny/images/teacher --data data/tiny/images/shards/*.tar "
-        "--codec data/tiny/checkpoints/codec.pth --resume resume/rcm-0 --out student/dcp --metrics student/metrics.jsonl "
-        "--previews student/previews",
+        "--codec data/tiny/checkpoints/codec.pth --resume resume/rcm-0 --out student/dcp "
+        "--metrics student/metrics.jsonl --previews student/previews",
         overrides=f"{EXPERIMENT}  objective=scm|dmd|rcm  seed=N",
     ),
     "export": Stage(
@@ -186,7 +186,7 @@ STAGES: dict[str, Stage] = {
                 "--name",
                 "which figure",
                 str,
-                choices=("figure_samples", "figure_quality_diversity", "figure_training"),
+                choices=("figure_samples", "figure_clips", "figure_quality_diversity", "figure_training"),
             ),
             Option("--inputs", "sample folders, score files or metrics files, as the figure needs", repeat=True),
             Option("--out", "the figure, FILE.png"),
@@ -200,7 +200,7 @@ STAGES: dict[str, Stage] = {
             Option("--results", "folders to report on", repeat=True),
             Option("--out", "the page, FILE.html"),
         ),
-        "rcm report --results results/tiny data/tiny --out results/tiny/report.html",
+        "rcm report --results results/tiny data/tiny benchmarks --out results/tiny/report.html",
         overrides=EXPERIMENT,
     ),
     "generate": Stage(

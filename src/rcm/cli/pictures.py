@@ -73,20 +73,23 @@ def _ffmpeg() -> str:
 
 
 def mp4(frames_THWC: np.ndarray) -> bytes:
-    """An H.264 film, lossy; small frames are enlarged by whole factors to about 384 pixels."""
+    """An H.264 film, lossy; it needs even sides."""
     _ffmpeg()
     import imageio_ffmpeg
 
-    factor = max(1, 384 // max(frames_THWC.shape[1:3]))
-    large = np.ascontiguousarray(frames_THWC.repeat(factor, axis=1).repeat(factor, axis=2))
+    even = frames_THWC[:, : frames_THWC.shape[1] // 2 * 2, : frames_THWC.shape[2] // 2 * 2]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "clip.mp4"
         writer = imageio_ffmpeg.write_frames(
-            str(path), (large.shape[2], large.shape[1]), fps=FRAMES_PER_SECOND, macro_block_size=2, ffmpeg_log_level="error"
+            str(path),
+            (even.shape[2], even.shape[1]),
+            fps=FRAMES_PER_SECOND,
+            macro_block_size=2,
+            ffmpeg_log_level="error",
         )
         writer.send(None)
-        for frame in large:
-            writer.send(frame)
+        for frame in even:
+            writer.send(np.ascontiguousarray(frame))
         writer.close()
         return path.read_bytes()
 

@@ -2,8 +2,7 @@
 
 import sys
 import time
-from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from tqdm import tqdm
 
@@ -16,7 +15,8 @@ class Progress:
     def __init__(self, name: str, total: int, unit: str):
         self.name, self.total, self.unit = name, total, unit
         self.done = 0
-        self._start = self._spoken = time.monotonic()
+        self._start = time.monotonic()
+        self._spoken = self._start, 0  # time and count of the last plain line: a resumed run starts with a leap
         self._bar = tqdm(desc=name, total=total, unit=f" {unit}", dynamic_ncols=True) if sys.stderr.isatty() else None
 
     def advance(self, count: int = 1, note: str = "") -> None:
@@ -25,9 +25,9 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix_str(note, refresh=False)
             self._bar.update(count)
-        elif time.monotonic() - self._spoken >= INTERVAL:
-            self._spoken = time.monotonic()
-            left = (self._spoken - self._start) / max(self.done, 1) * (self.total - self.done)
+        elif time.monotonic() - self._spoken[0] >= INTERVAL:
+            (before, done), self._spoken = self._spoken, (time.monotonic(), self.done)
+            left = (self._spoken[0] - before) / max(self.done - done, 1) * (self.total - self.done)
             self._say(f"{self.done} of {self.total} {self.unit}, about {left:.0f} s left{note and f', {note}'}")
 
     def _say(self, text: str) -> None:
@@ -36,7 +36,7 @@ class Progress:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         if self._bar is not None:
             self._bar.close()
         elif kind is None:

@@ -1,0 +1,66 @@
+"""The stage `generate`: a prompt in, a picture or a clip out."""
+
+import re
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+
+import torch
+
+from rcm.artefact import UserError, atomic_file
+from rcm.cli.models import codec, student
+from rcm.cli.pictures import check_suffix, encode, enlarge
+from rcm.codecs import to_pixels
+from rcm.data import world
+
+# words of the captions that the tiny networks were trained on
+KNOWN = {
+    *world.SHAPES,
+    *world.COLORS,
+    *world.DIRECTIONS,
+    *(word for phrase in world.RELATIONS for word in phrase.split()),
+}
+
+
+@torch.no_grad()
+def generate(arguments: Namespace) -> None:
+    """Sample one picture or clip and write it in the format that the suffix names."""
+    suffix = check_suffix(arguments.out)
+    prompt = checked_prompt(arguments.prompt)
+    model = student(arguments.checkpoint)
+    model.times(arguments.steps)
+    decoder = codec(model.settings["codec"], arguments.codec)
+    for remark in remarks(prompt, model.encoder):
+        print(f"rcm generate: note: {remark}", file=sys.stderr)
+    latents = model.sample(model.encoder.encode([prompt]), [(0, 0)], steps=arguments.steps, seed=arguments.seed)
+    frames = to_pixels(decoder.decode(latents))[0]
+    with atomic_file(arguments.out) as path:
+        path.write_bytes(encode(frames if suffix == ".npy" else enlarge(frames), suffix))
+    count, height, width, _ = frames.shape
+    print(f"wrote {arguments.out}: {f'{count} frames of ' if count > 1 else ''}{width} x {height} pixels")
+
+
+def checked_prompt(prompt: str) -> str:
+    """The prompt, if it is text; UserError for bytes that are not UTF-8."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise UserError("the prompt is not valid UTF-8 text") from error
+    return prompt
+
+
+def remarks(prompt: str, encoder: object) -> Sequence[str]:
+    """What a person should know about how a prompt is understood."""
+    words = re.findall(r"\w+", prompt.lower())
+    if not words:
+        return ["the prompt has no words, so the student shows what it likes"]
+    found = []
+    limit = getattr(encoder, "tokens", None)
+    if limit is not None and len(words) > 3 * limit:
+        found.append(f"the prompt is long: only its first {limit} words that say something are used")
+    if not any(word.removesuffix("s") in KNOWN or word in KNOWN for word in words):
+        found.append(
+            f"the tiny model knows only shapes ({', '.join(world.SHAPES)}) and colours ({', '.join(world.COLORS)}); "
+            "none of them is in the prompt, so expect anything"
+        )
+    return found
