@@ -1,8 +1,20 @@
-"""What the scores say about each claim of the paper, in one plain sentence a claim."""
+"""What the scores say about each claim of the paper, in one plain sentence a claim.
 
-from collections.abc import Mapping, Sequence
+The rules are fixed here, before any score is known. A claim is "shown" if the whole 95 % interval supports it,
+"contradicted" if the whole interval speaks against it, and otherwise "not shown". Where a claim rests on several
+measures, it is "shown" if all of them show it and "contradicted" if some contradict and none show it. A claim whose
+scores are missing is "not shown" and says what is missing.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+
+from rcm.report.scores import Estimate, Score, compare, difference, in_order, keys_of, label, ratio
+
+SHOWN, NOT_SHOWN, CONTRADICTED = "shown", "not shown", "contradicted"
+OVERALL = "shapeeval.overall"
+MARGIN = 0.05  # of ShapeEval overall: "about as good"; in GenEval itself gaps of half of it are noise
+DETAIL = {"fidelity.psnr": True, "fidelity.sharpness": True}  # measures of fine detail, and whether more is better
 
 
 @dataclass(frozen=True)
@@ -15,6 +27,146 @@ class Finding:
     sentence: str
 
 
-def findings(scores: Sequence[Mapping[str, Any]]) -> list[Finding]:
-    """Findings of every claim that the scores at hand (of one or both media) can be asked about."""
-    raise NotImplementedError
+@dataclass(frozen=True)
+class _Scores:
+    """Scores of one medium, by method and number of steps."""
+
+    media: str
+    scores: Sequence[Score]
+
+    def of(self, method: str, steps: int | None = None) -> list[Score]:
+        """All training seeds of a method; without a number of steps all there are (the teacher has one number)."""
+        return [s for run, s in in_order(self.scores) if run.method == method and steps in (None, run.steps)]
+
+
+def findings(scores: Sequence[Score]) -> list[Finding]:
+    """Findings on every claim, for each medium that was scored; images first."""
+    found = []
+    for media in sorted({str(score["media"]) for score in scores}, reverse=True):
+        own = _Scores(media, [score for score in scores if score["media"] == media])
+        found += [_reaches_teacher(own, 4, 0.9), _reaches_teacher(own, 2, 0.8), _one_two_four(own)]
+        if own.of("dmd"):
+            found += [_not_below_dmd(own), _more_diverse(own)]
+        if own.of("scm"):
+            found.append(_scm_lacks_detail(own))
+    return found
+
+
+def _judge(low_enough: bool, high_enough: bool) -> str:
+    """Verdict of an interval: shown if its lower end suffices, contradicted if not even its upper end does."""
+    return SHOWN if low_enough else NOT_SHOWN if high_enough else CONTRADICTED
+
+
+def _together(verdicts: Iterable[str]) -> str:
+    """Verdict of a claim with several parts."""
+    found = set(verdicts)
+    return SHOWN if found == {SHOWN} else CONTRADICTED if CONTRADICTED in found and SHOWN not in found else NOT_SHOWN
+
+
+def _missing(own: _Scores, claim: str, what: str) -> Finding:
+    return Finding(own.media, claim, NOT_SHOWN, f"There are no scores by prompt of {what}, so nothing can be said.")
+
+
+def _seeds(*groups: Sequence[Score]) -> str:
+    """Which uncertainty an interval covers."""
+    count = max(map(len, groups))
+    return (
+        "Interval over prompts, one training seed."
+        if count == 1
+        else f"Interval over prompts and {count} training seeds."
+    )
+
+
+def _signed(estimate: Estimate) -> str:
+    return f"{estimate.value:+.3f} [{estimate.low:+.3f}, {estimate.high:+.3f}]"
+
+
+def _steps(count: int) -> str:
+    return {1: "one step", 2: "two steps", 4: "four steps"}.get(count, f"{count} steps")
+
+
+def _reaches_teacher(own: _Scores, steps: int, share: float) -> Finding:
+    claim = f"With {_steps(steps)}, rCM reaches at least {share:g} of the teacher's ShapeEval overall."
+    student, teacher = own.of("rcm", steps), own.of("teacher")
+    found = compare(ratio, OVERALL, student, teacher)
+    if found is None:
+        return _missing(own, claim, f"rCM with {_steps(steps)} and of the teacher")
+    verdict = _judge(found.low >= share, found.high >= share)
+    tail = {
+        SHOWN: f"all of the interval lies at or above {share:g}",
+        NOT_SHOWN: f"the interval holds {share:g}, so the data do not decide",
+        CONTRADICTED: f"all of the interval lies below {share:g}",
+    }[verdict]
+    return Finding(own.media, claim, verdict, f"It reaches {found} of the teacher: {tail}. {_seeds(student)}")
+
+
+def _not_below_dmd(own: _Scores) -> Finding:
+    claim = "With four steps, rCM is about as good as DMD or better."
+    rcm, dmd = own.of("rcm", 4), own.of("dmd", 4)
+    found = compare(difference, OVERALL, rcm, dmd)
+    if found is None:
+        return _missing(own, claim, "rCM and DMD with four steps")
+    verdict = _judge(found.low >= -MARGIN, found.high >= 0)
+    tail = {
+        SHOWN: f"a deficit of more than {MARGIN:g} is excluded",
+        NOT_SHOWN: f"rCM is not below DMD beyond the interval, but a deficit of {MARGIN:g} is not excluded either",
+        CONTRADICTED: "rCM is below DMD beyond the interval",
+    }[verdict]
+    return Finding(
+        own.media,
+        claim,
+        verdict,
+        f"The difference rCM − DMD in ShapeEval overall is {_signed(found)}: {tail}. {_seeds(rcm, dmd)}",
+    )
+
+
+def _by_measure(
+    own: _Scores, a: str, b: str, keys: Iterable[str], sign: Callable[[str], int]
+) -> list[tuple[str, Estimate, str]]:
+    """(measure, a - b, whether that shows "a is better") with four steps, for measures that have values by prompt."""
+    rows = []
+    for key in keys:
+        found = compare(difference, key, own.of(a, 4), own.of(b, 4))
+        if found is not None:
+            low, high = sorted((sign(key) * found.low, sign(key) * found.high))
+            rows.append((key, found, _judge(low > 0, high >= 0)))
+    return rows
+
+
+def _more_diverse(own: _Scores) -> Finding:
+    claim = "With four steps, rCM is more diverse than DMD."
+    rows = _by_measure(own, "rcm", "dmd", keys_of(own.scores, "diversity"), lambda key: 1)
+    if not rows:
+        return _missing(own, claim, "the diversity of rCM and DMD with four steps")
+    sentence = f"Differences rCM − DMD over seeds of one prompt: {_listed(rows)}."
+    return Finding(own.media, claim, _together(row[2] for row in rows), sentence)
+
+
+def _scm_lacks_detail(own: _Scores) -> Finding:
+    claim = "With four steps, sCM is worse than rCM in fine detail."
+    rows = _by_measure(own, "rcm", "scm", DETAIL, lambda key: 1 if DETAIL[key] else -1)
+    if not rows:
+        return _missing(own, claim, "the detail of rCM and sCM with four steps")
+    sentence = f"Differences rCM − sCM: {_listed(rows)}."
+    return Finding(own.media, claim, _together(row[2] for row in rows), sentence)
+
+
+def _listed(rows: Iterable[tuple[str, Estimate, str]]) -> str:
+    return "; ".join(f"{label(key).lower()} {_signed(found)} ({verdict})" for key, found, verdict in rows)
+
+
+def _one_two_four(own: _Scores) -> Finding:
+    claim = "For rCM one step is worse than two, and two steps are about as good as four."
+    first = compare(difference, OVERALL, own.of("rcm", 2), own.of("rcm", 1))
+    second = compare(difference, OVERALL, own.of("rcm", 4), own.of("rcm", 2))
+    if first is None or second is None:
+        return _missing(own, claim, "rCM with one, two and four steps")
+    gain = _judge(first.low > 0, first.high > 0)
+    flat = SHOWN if second.low >= -MARGIN and second.high <= MARGIN else NOT_SHOWN
+    if second.low > MARGIN or second.high < -MARGIN:
+        flat = CONTRADICTED
+    sentence = (
+        f"From one to two steps ShapeEval overall changes by {_signed(first)} ({gain}), from two to four by "
+        f"{_signed(second)} (equal within {MARGIN:g}: {flat}). {_seeds(own.of('rcm', 2))}"
+    )
+    return Finding(own.media, claim, _together([gain, flat]), sentence)

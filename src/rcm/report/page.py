@@ -1,23 +1,277 @@
-"""The report: one HTML page that needs nothing beside itself."""
+"""The report: one HTML page that needs nothing beside itself, for screens light and dark, phones and paper."""
 
-from collections.abc import Mapping, Sequence
+import base64
+import csv
+import io
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import jinja2
+import yaml
+from PIL import Image
+
+from rcm.artefact import UserError, read_json
+from rcm.report.figures import chosen_prompts, frames, metadata, sample_runs
+from rcm.report.findings import findings
+from rcm.report.scores import CONTROLS, Estimate, Run, Score, compare, in_order, number, ratio, reported
+from rcm.report.tables import SUBJECTS, from_csv, panels
+
+FRAME_MS = 160  # of a clip on the page
+CAPTIONS = {
+    "figure_samples": "One sample a model and number of steps, from the same initial noise. The prompts are the first "
+    "of each task, not chosen by eye. Pixels are enlarged without smoothing.",
+    "figure_quality_diversity": "Quality against diversity with 95 % intervals; numbers are sampling steps. Up and to "
+    "the right is better; the dotted line is the diversity of ground-truth renders.",
+    "figure_training": "Training of the students: every update faintly, the running median in full. The sCM loss "
+    "is near 1 by construction; its information is in the gradient and in the norm of the tangent.",
+    "figure_clips": "Clips as film strips, one sample a model and number of steps from the same initial noise.",
+}
+STAGES = (
+    *("prompts", "download", "pretrain", "convert", "synthesize", "distill", "export", "sample", "evaluate"),
+    *("table", "figure", "report"),
+)
+
 
 def report_page(
-    results: Path,
-    *,
-    samples: Sequence[Path] = (),
-    config: Mapping[str, Any] | None = None,
-    benchmarks: Sequence[Path] = (),
-    provenance: Sequence[Path] = (),
+    folders: Sequence[Path], *, config: Mapping[str, Any] | None = None, title: str = "rCM in miniature"
 ) -> str:
     """The page as text.
 
-    `results` is `results/{scale}` with `{media}/scores/*.json`, `tables/`, `figures/`; `samples` are sample folders of clips
-    (`.../{model}-{steps}/{suite}/{part}`) to show as animations; `config` the composed configuration; `benchmarks` the files
-    or folders of Snakemake's benchmark TSVs; `provenance` files or folders searched for `*.prov.json` and `*.run.json`
-    (results is searched anyway).
+    Args:
+        folders: searched for what is there: `{media}/scores/*.json`, `tables/*.csv` and `figures/*.png` (as in
+            `results/{scale}`), `clips/samples/{model}-{steps}/report/{part}/` (as in `data/{scale}`), and in any depth
+            `*.prov.json`, `*.run.json` and the `*.tsv` of Snakemake's benchmarks.
+        config: the composed configuration, shown as YAML.
+        title: heading of the page.
     """
-    raise NotImplementedError
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"{folder} is no folder; give the folders of results and data, such as results/tiny")
+    scores = [read_json(path) for path in _files(folders, "*/scores/*.json") if not _is_companion(path)]
+    tables = {path.stem: panels(from_csv(path.read_text(encoding="utf-8"))) for path in _files(folders, "tables/*.csv")}
+    figures = {path.stem: path for path in _files(folders, "figures/*.png")}
+    runs = [read_json(path) for path in _files(folders, "**/*.run.json")]
+    records = [read_json(path) for path in _files(folders, "**/*.prov.json")]
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(lambda name: resources.files(__package__).joinpath(name).read_text("utf-8")),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    return environment.get_template("page.html.j2").render(
+        title=title,
+        number=number,
+        lead=_lead(scores),
+        media=_media(scores),
+        tables=[(name, SUBJECTS.get(name, name), tables[name]) for name in sorted(tables)],
+        figures={name: _picture(path) for name, path in figures.items()},
+        clips=_clips(folders),
+        config=yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True) if config else "",
+        times=_times(folders, runs),
+        host=_host(runs),
+        chains=_chains(records),
+    )
+
+
+def _files(folders: Iterable[Path], pattern: str) -> list[Path]:
+    """Files that match in any of the folders, each once, in the order of folders and names."""
+    found = (path for folder in folders for path in sorted(folder.glob(pattern)))
+    return list({path.resolve(): path for path in found}.values())
+
+
+def _is_companion(path: Path) -> bool:
+    return path.name.endswith((".prov.json", ".run.json"))
+
+
+# --- What was measured ---------------------------------------------------------------------------------------------
+
+
+def _lead(scores: Sequence[Score]) -> str:
+    """What was run, in two sentences."""
+    parts = []
+    for medium in _mediums(scores):
+        own = [(run, s) for run, s in in_order(scores) if s["media"] == medium and run.method not in CONTROLS]
+        names = list(dict.fromkeys(run.label for run, _ in own if run.method != "teacher"))
+        steps = sorted({run.steps for run, _ in own if run.method != "teacher"})
+        if own:
+            count, each = own[0][1]["n_prompts"], own[0][1]["n_samples"] / max(1, own[0][1]["n_prompts"])
+            parts.append(
+                f"{medium}: {_and(names) or 'no student'} at {_and(map(str, steps))} steps beside the teacher, "
+                f"{count} prompts with {each:g} samples each"
+            )
+    return "; ".join(parts)
+
+
+def _and(words: Iterable[str]) -> str:
+    *most, last = [*words] or [""]
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+def _mediums(scores: Iterable[Score]) -> list[str]:
+    return sorted({str(score["media"]) for score in scores}, reverse=True)
+
+
+@dataclass(frozen=True)
+class Mark:
+    """One line of the overview: a score with its interval, and its share of the teacher's."""
+
+    run: Run
+    overall: Estimate
+    share: Estimate | None
+
+    @property
+    def name(self) -> str:
+        """As in tables, with seed and steps."""
+        seed = f" (seed {self.run.seed})" if self.run.seed else ""
+        return self.run.label + seed + (f", {self.run.steps}" if self.run.method not in CONTROLS else "")
+
+
+def _media(scores: Sequence[Score]) -> list[dict[str, Any]]:
+    """For each medium its overview and findings."""
+    said = findings(scores)
+    made = []
+    for medium in _mediums(scores):
+        own = in_order(s for s in scores if s["media"] == medium and "shapeeval.overall" in s["metrics"])
+        teacher = [score for run, score in own if run.method == "teacher"]
+        marks = []
+        for run, score in own:
+            student = run.method not in ("teacher", *CONTROLS)
+            share = compare(ratio, "shapeeval.overall", [score], teacher) if student else None
+            marks.append(Mark(run, reported(score, "shapeeval.overall"), share))
+        headlines = [mark for mark in marks if mark.run.method == "rcm" and not mark.run.seed and mark.share]
+        made.append(
+            {
+                "name": medium,
+                "marks": marks,
+                "teacher": next((mark for mark in marks if mark.run.method == "teacher"), None),
+                "headlines": sorted(headlines, key=lambda mark: -mark.run.steps),
+                "findings": [finding for finding in said if finding.media == medium],
+            }
+        )
+    return made
+
+
+# --- Pictures ------------------------------------------------------------------------------------------------------
+
+
+def _uri(data: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(data).decode()
+
+
+def _picture(path: Path) -> dict[str, Any]:
+    """A figure as a data URI with its size on the page, half its pixels."""
+    with Image.open(path) as image:
+        width, height = image.size
+    return {
+        "uri": _uri(path.read_bytes()),
+        "width": width // 2,
+        "height": height // 2,
+        "caption": CAPTIONS.get(path.stem, ""),
+        "plot": path.stem in ("figure_quality_diversity", "figure_training"),
+    }
+
+
+def _clips(folders: Sequence[Path], count: int = 6) -> dict[str, Any] | None:
+    """Clips of the report suite as animations: a row a prompt, a column a model and number of steps."""
+    parts = {
+        path.resolve(): path for folder in folders for path in sorted(folder.glob("clips/samples/*/report/*-of-*"))
+    }
+    runs = [s for s in sample_runs(p for p in parts.values() if p.is_dir()) if s.run.method not in CONTROLS]
+    if not runs:
+        return None
+    rows = []
+    for prompt in chosen_prompts(runs, count):
+        cells = []
+        for samples in runs:
+            clip = frames(samples.prompts[prompt])
+            cells.append({"moving": _uri(_animated(clip)), "still": _uri(_animated(clip[:1])), "run": samples.run})
+        rows.append({"prompt": str(metadata(runs[0].prompts[prompt])["prompt"]), "cells": cells})
+    return {"runs": [samples.run for samples in runs], "rows": rows}
+
+
+def _animated(clip: Any) -> bytes:
+    """Frames (T, H, W, 3) as a PNG that loops, resting on the last frame."""
+    out = io.BytesIO()
+    first, *rest = [Image.fromarray(frame) for frame in clip]
+    if not rest:
+        first.save(out, "PNG", optimize=True)
+    else:
+        durations = [FRAME_MS] * len(rest) + [4 * FRAME_MS]
+        first.save(out, "PNG", save_all=True, append_images=rest, duration=durations, loop=0)
+    return out.getvalue()
+
+
+# --- Times and provenance ------------------------------------------------------------------------------------------
+
+
+def _times(folders: Sequence[Path], runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Jobs, seconds and peak memory by stage: from Snakemake's benchmarks, for stages without any from `.run.json`."""
+    jobs: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for path in _files(folders, "**/*.tsv"):
+        for line in csv.DictReader(path.read_text(encoding="utf-8").splitlines(), delimiter="\t"):
+            stage = next((word for word in STAGES if any(word in part for part in path.parts[-4:])), path.stem)
+            if line.get("s") and "max_rss" in line:
+                memory = line["max_rss"]
+                jobs[stage].append((float(line["s"]), float(memory) if memory not in ("-", "NA", "") else 0.0))
+    seen = set()
+    benchmarked = set(jobs)
+    for run in runs:
+        job = run["stage"], run["started"], run["wall_seconds"]
+        if run["stage"] not in benchmarked and job not in seen:
+            seen.add(job)
+            jobs[run["stage"]].append((float(run["wall_seconds"]), float(run["peak_mib"])))
+    order = {stage: index for index, stage in enumerate(STAGES)}
+    longest = max((sum(s for s, _ in found) for found in jobs.values()), default=1.0) or 1.0
+    return [
+        {
+            "stage": stage,
+            "jobs": len(found),
+            "seconds": _duration(sum(s for s, _ in found)),
+            "longest": _duration(max(s for s, _ in found)),
+            "peak": f"{max(m for _, m in found):,.0f}",
+            "share": sum(s for s, _ in found) / longest,
+        }
+        for stage, found in sorted(jobs.items(), key=lambda item: (order.get(item[0], len(order)), item[0]))
+    ]
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
+
+
+def _host(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Where it was measured, from the latest run."""
+    if not runs:
+        return ""
+    run = max(runs, key=lambda run: run["started"])
+    host, versions = run["host"], run["versions"]
+    return ", ".join(
+        [
+            f"{host['cores']} cores of {host['cpu']}",
+            host["system"],
+            *(f"{name} {versions[name]}" for name in ("python", "torch", "numpy") if name in versions),
+        ]
+    )
+
+
+def _chains(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """For every score file the artefacts it comes from, the nearest first, and the versions of code that made them."""
+    by_content = {record["sha256"]: record for record in records}
+    chains = []
+    for record in sorted(records, key=lambda record: record["artefact"]):
+        if record["stage"] == "evaluate" and record["artefact"].endswith(".json"):
+            line: dict[str, Mapping[str, Any]] = {}
+            queue = [record]
+            while queue:
+                found = queue.pop(0)
+                if found["sha256"] not in line:
+                    line[found["sha256"]] = found
+                    for item in found.get("inputs", []):
+                        queue.append(by_content.get(item["sha256"]) or {**item, "artefact": item["path"], "stage": ""})
+            chains.append({"name": "/".join(Path(record["artefact"]).parts[-3:]), "line": list(line.values())})
+    return {"scores": chains, "code": sorted({record["code_sha256"] for record in records})}

@@ -1,17 +1,362 @@
-"""Tables 1 (images) and 2 (clips) as tidy CSV, Markdown and LaTeX."""
+"""Tables 1 (images) and 2 (clips) as tidy CSV, Markdown and LaTeX.
 
-from collections.abc import Mapping, Sequence
+Scores become tidy rows (one number a row: the CSV), rows become panels (what a person reads), and panels are printed as
+Markdown and LaTeX here and as HTML by `page`. Numbers of the paper and numbers of this run never share a panel.
+"""
+
+import csv
+import io
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+
+from rcm.artefact import UserError
+from rcm.data.prompts import TASKS
+from rcm.report.scores import (
+    LABELS,
+    Estimate,
+    Run,
+    Score,
+    compare,
+    in_order,
+    label,
+    number,
+    ratio,
+    reported,
+)
+
+RELATIVE = "shapeeval.relative_to_teacher"
+SUBJECTS = {"table1": "images", "table2": "clips"}
+PUBLISHED = {
+    "table1": "GenEval, as printed in Table 1 of the rCM paper",
+    "table2": "VBench, as printed in Table 2 of the rCM paper",
+}
+_SETTING = (
+    "group",
+    "model",
+    "params",
+    "resolution",
+    "steps",
+    "guided",
+)  # columns of a published table that are no metric
+_HEADINGS = {"fps": "FPS", "params": "Parameters"}
 
 
-def make_table(
-    name: str, scores: Sequence[Mapping[str, Any]], controls: Sequence[Mapping[str, Any]], published: Path
-) -> dict[str, str]:
+@dataclass(frozen=True)
+class Row:
+    """One number of a table with all that says what it is; text, so that a file is read back as it was written."""
+
+    table: str
+    block: str  # models | controls | published
+    model: str
+    seed: str
+    setting: str
+    steps: str
+    metric: str
+    kind: str
+    value: str
+    low: str
+    high: str
+    n_prompts: str
+    n_samples: str
+    evaluator: str
+    prompts_sha256: str
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What stands in one place of a panel; `note` is the interval, printed smaller where that can be done."""
+
+    text: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A table as a person reads it: groups of rows under one heading, the first `names` columns left-aligned."""
+
+    title: str
+    caption: str
+    head: Sequence[str]
+    groups: Sequence[tuple[str, Sequence[Sequence[Cell]]]]
+    names: int
+    published: bool = field(default=False)
+
+
+def make_table(name: str, scores: Sequence[Score], controls: Sequence[Score], published: Path) -> dict[str, str]:
     """`table1` (images) or `table2` (clips) as {"csv", "md", "tex"}, each the text of a file.
 
-    `scores` are the score JSONs of teacher and students, `controls` those of oracle, codec and shuffled, `published` the
-    CSV of the paper's own table, which gets a block of its own. Raises `UserError` when the controls fail: then the
+    `scores` are the score JSONs of teacher and students, `controls` those of oracle, codec and shuffled, `published`
+    the CSV of the paper's own table, which gets a panel of its own. Raises `UserError` when the controls fail: then the
     evaluator, not a model, was measured.
     """
-    raise NotImplementedError
+    if name not in SUBJECTS:
+        raise UserError(f"there is no table {name!r}; expected one of {', '.join(SUBJECTS)}")
+    strangers = sorted({str(score["media"]) for score in [*scores, *controls]} - {SUBJECTS[name]})
+    if strangers:
+        raise UserError(f"{name} is about {SUBJECTS[name]}, but was given scores of {', '.join(strangers)}")
+    rows = [*_measured(name, "models", scores), *_measured(name, "controls", controls), *_published(name, published)]
+    made = panels(rows)
+    return {"csv": to_csv(rows), "md": to_markdown(name, made), "tex": to_latex(name, made)}
+
+
+def _measured(table: str, block: str, scores: Iterable[Score]) -> list[Row]:
+    """Rows of every metric of every score, seeds of one method followed by their mean."""
+    ordered = in_order(scores)
+    teacher = next((score for run, score in ordered if run.method == "teacher"), None)
+    rows: list[Row] = []
+    for run, score in ordered:
+        rows += _rows(table, block, run, str(run.seed if run.seed is not None else ""), [score], teacher)
+        peers = [other for peer, other in ordered if (peer.method, peer.steps) == (run.method, run.steps)]
+        if len(peers) > 1 and score is peers[-1]:
+            rows += _rows(table, block, run, "mean", peers, teacher)
+    return rows
+
+
+def _rows(table: str, block: str, run: Run, seed: str, scores: Sequence[Score], teacher: Score | None) -> list[Row]:
+    first = scores[0]
+    evaluator = first.get("evaluator", {})
+
+    def row(metric: str, kind: str, estimate: Estimate) -> Row:
+        value, low, high = ("" if x != x else f"{x:.6f}" for x in (estimate.value, estimate.low, estimate.high))
+        counts = str(first["n_prompts"]), str(first["n_samples"])
+        steps = "" if block == "controls" else str(run.steps)
+        about = str(evaluator.get("version", "")), str(evaluator.get("prompts_sha256", ""))
+        return Row(table, block, run.method, seed, "", steps, metric, kind, value, low, high, *counts, *about)
+
+    rows = []
+    for key, entry in first["metrics"].items():
+        if len(scores) == 1:
+            estimate = reported(first, key)
+        else:
+            values = [reported(score, key).value for score in scores]
+            estimate = compare(lambda mean: mean, key, scores) or Estimate(sum(values) / len(values))
+        rows.append(row(key, str(entry.get("kind", "")), estimate))
+        if key == "shapeeval.overall" and block == "models" and teacher is not None and run.method != "teacher":
+            relative = compare(ratio, key, scores, [teacher])
+            if relative is not None:
+                rows.append(row(RELATIVE, "derived", relative))
+    return rows
+
+
+def _published(table: str, path: Path) -> list[Row]:
+    try:
+        lines = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
+    except OSError as error:
+        raise UserError(f"the published table {path} cannot be read: {error.strerror}") from error
+    rows = []
+    for line in lines:
+        missing = [column for column in ("group", "model", "params", "steps", "guided") if column not in line]
+        if missing:
+            raise UserError(f"the published table {path} lacks the column {missing[0]!r}")
+        model = line["model"]
+        known = {"teacher": f"{model} (teacher)", "dmd2": f"{model} + DMD2", "rcm": f"{model} + rCM"}
+        setting = ", ".join(filter(None, (line["params"], line.get("resolution", ""))))
+        steps = line["steps"] + ("×2" if line["guided"] == "1" else "")
+        for metric, value in line.items():
+            if metric not in _SETTING:
+                name = known.get(line["group"], model)
+                rows.append(Row(table, "published", name, "", setting, steps, metric, "published", value, *[""] * 6))
+    return rows
+
+
+def to_csv(rows: Iterable[Row]) -> str:
+    """Rows as CSV with a heading."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, [f.name for f in fields(Row)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(row) for row in rows)
+    return out.getvalue()
+
+
+def from_csv(text: str) -> list[Row]:
+    """The rows of a file that `to_csv` wrote."""
+    return [Row(**line) for line in csv.DictReader(io.StringIO(text))]
+
+
+Line = tuple[str, str, str, str, str]  # block, model, seed, setting, steps: what one printed line is about
+
+
+def panels(rows: Sequence[Row]) -> list[Panel]:
+    """What a person reads: scores of this run first, numbers of the paper last and apart."""
+    table = rows[0].table
+    lines: dict[Line, dict[str, Row]] = {}
+    for row in rows:
+        line = (row.block, row.model, row.seed, row.setting, row.steps)
+        lines.setdefault(line, {})[row.metric] = row
+    own = {line: found for line, found in lines.items() if line[0] != "published"}
+    subject = SUBJECTS[table]
+    families = list(dict.fromkeys(row.metric.partition(".")[0] for row in rows if row.block != "published"))
+    made = []
+    if "shapeeval" in families:
+        keys = ["shapeeval.overall", RELATIVE, *(f"shapeeval.{task}" for task in TASKS)]
+        made.append(_by_model(f"ShapeEval on {subject}", _protocol(rows), own, keys, intervals=2))
+    for family in families:
+        keys = list(dict.fromkeys(row.metric for row in rows if row.metric.partition(".")[0] == family))
+        if family == "shapebench":
+            made.append(_by_metric("ShapeBench", own, keys))
+        elif family != "shapeeval":
+            made.append(_by_model(label(family), _kinds(rows, keys), own, keys, intervals=len(keys)))
+    made.append(_published_panel(table, lines))
+    return [panel for panel in made if panel.groups]
+
+
+def _names(line: Line) -> str:
+    return Run(line[1], None, 0).label
+
+
+def _seeds(own: Iterable[Line]) -> bool:
+    return any(line[2] == "mean" for line in own)
+
+
+def _cell(row: Row | None, interval: bool) -> Cell:
+    if row is None or not row.value:
+        return Cell("–")
+    note = f"[{number(float(row.low))}, {number(float(row.high))}]" if interval and row.low else ""
+    return Cell(number(float(row.value)), note)
+
+
+def _by_model(
+    title: str, caption: str, own: Mapping[Line, Mapping[str, Row]], keys: Sequence[str], intervals: int
+) -> Panel:
+    """A line a model and number of steps, a column a metric; the first `intervals` metrics with their intervals."""
+    keys = [key for key in keys if any(key in found for found in own.values())]
+    seeds = _seeds(own)
+    groups = []
+    for block, heading in (("models", "Models"), ("controls", "Controls")):
+        printed = []
+        for line, found in own.items():
+            if line[0] == block and any(key in found for key in keys):
+                names = [Cell(_names(line)), *([Cell(line[2] or "–")] if seeds else []), Cell(line[4] or "–")]
+                printed.append([*names, *(_cell(found.get(key), i < intervals) for i, key in enumerate(keys))])
+        if printed:
+            groups.append((heading, printed))
+    head = ["Model", *(["Seed"] if seeds else []), "Steps"]
+    head += ["÷ teacher" if key == RELATIVE else label(key) for key in keys]
+    return Panel(title, caption, head, groups, names=1)
+
+
+def _by_metric(title: str, own: Mapping[Line, Mapping[str, Row]], keys: Sequence[str]) -> Panel:
+    """A line a metric with its kind, a column a model and number of steps."""
+    shown = [line for line in own if any(key in own[line] for key in keys)]
+    heads = []
+    for line in shown:
+        seed = (
+            f" (seed {line[2]})" if line[2] and line[2] != "mean" and _seeds(own) else " (mean)" * (line[2] == "mean")
+        )
+        heads.append(_names(line) + (f", {line[4]} step{'s' * (line[4] != '1')}" if line[4] else "") + seed)
+    printed = []
+    for key in keys:
+        kind = next(found[key].kind for found in own.values() if key in found)
+        cells = (_cell(own[line].get(key), False) for line in shown)
+        printed.append([Cell(label(key)), Cell(kind.replace("_", " ")), *cells])
+    caption = (
+        "Raw means a clip; intervals are in the CSV. A still or blurred clip can score above ground truth on flicker, "
+        "smoothness and consistency, so these are read together with the dynamic degree and the sharpness. "
+        "Kind says how close a measure is to VBench's: the same formula, another model in it, or an analogue."
+    )
+    return Panel(title, caption, ["Dimension", "Kind", *heads], [("", printed)] if printed else [], names=2)
+
+
+def _published_panel(table: str, lines: Mapping[Line, Mapping[str, Row]]) -> Panel:
+    found = {line: metrics for line, metrics in lines.items() if line[0] == "published"}
+    metrics = list(dict.fromkeys(metric for entry in found.values() for metric in entry))
+    printed = [
+        [Cell(line[1]), Cell(line[3]), Cell(line[4]), *(Cell(entry[m].value if m in entry else "–") for m in metrics)]
+        for line, entry in found.items()
+    ]
+    caption = (
+        "Copied from the paper for orientation: other models, another benchmark, other prompts. "
+        "These numbers are not comparable with those measured here. NFE of 35×2 is 35 steps with guidance."
+    )
+    head = ["Model", "Setting", "NFE", *(_HEADINGS.get(m) or LABELS.get(m) or label(m) for m in metrics)]
+    return Panel(PUBLISHED[table], caption, head, [("", printed)] if printed else [], names=2, published=True)
+
+
+def _protocol(rows: Sequence[Row]) -> str:
+    row = next(row for row in rows if row.block != "published")
+    each = int(row.n_samples) / max(1, int(row.n_prompts))
+    kinds = _kinds(rows, ["shapeeval.overall"])
+    return (
+        f"GenEval's protocol in a world of coloured shapes: {row.n_prompts} prompts with {each:g} samples each, "
+        f"the same initial noise for every model; overall is the mean of the six tasks. "
+        f"Brackets are 95 % bootstrap intervals over prompts. {kinds} "
+        f"Evaluator {row.evaluator or 'unnamed'}, prompts {row.prompts_sha256[:12] or 'unnamed'}."
+    )
+
+
+def _kinds(rows: Iterable[Row], keys: Iterable[str]) -> str:
+    found = {row.metric: row.kind for row in rows if row.kind}
+    by_kind: dict[str, list[str]] = {}
+    for key in keys:
+        if key in found:
+            by_kind.setdefault(found[key].replace("_", " "), []).append(label(key).lower())
+    return " ".join(f"{kind.capitalize()}: {', '.join(names)}." for kind, names in by_kind.items())
+
+
+def to_markdown(name: str, made: Iterable[Panel]) -> str:
+    """Panels as Markdown tables, padded so that they also read as plain text."""
+    parts = [f"# {name.replace('table', 'Table ')}: {SUBJECTS[name]}"]
+    for panel in made:
+        grid = []
+        for heading, printed in panel.groups:
+            if len(panel.groups) > 1 and heading != panel.groups[0][0]:
+                grid.append([f"*{heading}*", *[""] * (len(panel.head) - 1)])
+            grid += [[f"{cell.text} {cell.note}".strip().replace("|", "\\|") for cell in line] for line in printed]
+        widths = [max(len(line[i]) for line in [panel.head, *grid]) for i in range(len(panel.head))]
+        left = [i < panel.names for i in range(len(widths))]
+        rule = ["-" * w if is_left else "-" * (w - 1) + ":" for w, is_left in zip(widths, left, strict=True)]
+
+        def line(cells: Sequence[str], widths: list[int] = widths, left: list[bool] = left) -> str:
+            padded = (c.ljust(w) if is_left else c.rjust(w) for c, w, is_left in zip(cells, widths, left, strict=True))
+            return "| " + " | ".join(padded) + " |"
+
+        parts.append(
+            "\n".join([f"## {panel.title}", "", panel.caption, "", line(panel.head), line(rule), *map(line, grid)])
+        )
+    return "\n\n".join(parts) + "\n"
+
+
+_TEX = {"\\": r"\textbackslash{}", "×": r"$\times$", "÷": r"$\div$", "–": "--", "λ": r"$\lambda$", "≥": r"$\ge$"}
+_TEX |= {character: "\\" + character for character in "&%$#_{}"} | {
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+}
+
+
+def _tex(text: str) -> str:
+    return re.sub(r"[\\×÷–λ≥&%$#_{}~^]", lambda match: _TEX[match.group()], text)
+
+
+def to_latex(name: str, made: Iterable[Panel]) -> str:
+    r"""Panels as LaTeX tables; they need `\usepackage{booktabs}` and nothing else."""
+    parts = [f"% {name}: needs \\usepackage{{booktabs}}"]
+    for index, panel in enumerate(made):
+        caption = rf"\textbf{{{_tex(panel.title)}.}} {_tex(panel.caption)}"
+        columns = "@{}" + "".join("l" if i < panel.names else "r" for i in range(len(panel.head))) + "@{}"
+        body = []
+        for heading, printed in panel.groups:
+            body.append(r"\midrule")
+            if len(panel.groups) > 1:
+                body.append(rf"\multicolumn{{{len(panel.head)}}}{{@{{}}l}}{{\emph{{{_tex(heading)}}}}} \\")
+            for line in printed:
+                cells = (_tex(c.text) + (rf" {{\tiny {_tex(c.note)}}}" if c.note else "") for c in line)
+                body.append(" & ".join(cells) + r" \\")
+        parts.append(
+            "\n".join(
+                [
+                    r"\begin{table}[p]\centering",
+                    rf"\caption{{{caption}}}\label{{tab:{name}-{index + 1}}}",
+                    r"\scriptsize\setlength{\tabcolsep}{3pt}",
+                    rf"\begin{{tabular}}{{{columns}}}",
+                    r"\toprule",
+                    " & ".join(map(_tex, panel.head)) + r" \\",
+                    *body,
+                    r"\bottomrule",
+                    r"\end{tabular}",
+                    r"\end{table}",
+                ]
+            )
+        )
+    return "\n\n".join(parts) + "\n"

@@ -1,0 +1,157 @@
+"""Synthetic scores, samples and metrics of the pipeline's schema; made here, never shipped as results."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rcm.data import world
+from rcm.data.prompts import TASKS, TINY, evaluation_suite
+
+PER_TASK = 10
+QUALITY = {  # probability of a correct sample by model and steps
+    ("teacher", 20): 0.92,
+    ("scm-0", 1): 0.45,
+    ("scm-0", 2): 0.66,
+    ("scm-0", 4): 0.74,
+    ("dmd-0", 1): 0.70,
+    ("dmd-0", 2): 0.80,
+    ("dmd-0", 4): 0.86,
+    ("rcm-0", 1): 0.66,
+    ("rcm-0", 2): 0.84,
+    ("rcm-0", 4): 0.88,
+    ("oracle", 0): 0.995,
+    ("codec", 0): 0.99,
+    ("shuffled", 0): 0.05,
+}
+DIVERSITY = {"teacher": 0.92, "scm": 0.9, "dmd": 0.6, "rcm": 0.85, "oracle": 0.97, "codec": 0.97, "shuffled": 0.97}
+DETAIL = {"teacher": 30.0, "scm": 24.0, "dmd": 28.0, "rcm": 28.5, "oracle": 33.0, "codec": 31.0, "shuffled": 33.0}
+
+
+def _metric(values: np.ndarray, kind: str, value: float | None = None) -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    means = [np.mean(rng.choice(values, len(values))) for _ in range(200)]
+    low, high = np.percentile(means, [2.5, 97.5])
+    return {"value": float(np.mean(values) if value is None else value), "low": low, "high": high, "kind": kind}
+
+
+def score(model: str, steps: int, media: str, quality: float, *, seed: int = 0) -> dict[str, Any]:
+    """A score JSON as rcm.evaluation writes it, of a model that is right with probability `quality`."""
+    method = model.partition("-")[0]
+    rng = np.random.default_rng([seed, len(model), steps, int(1000 * quality)])
+    tags = [task for task in TASKS for _ in range(PER_TASK)]
+    hardness = np.random.default_rng(7).normal(0, 0.1, len(tags))
+    correct = rng.binomial(4, np.clip(quality + hardness * (quality < 0.95), 0, 1)) / 4
+    by_task = {task: correct[[tag == task for tag in tags]] for task in TASKS}
+    metrics = {"shapeeval.overall": _metric(correct, "substituted_model")}
+    metrics |= {f"shapeeval.{task}": _metric(values, "substituted_model") for task, values in by_task.items()}
+    diverse = np.clip(DIVERSITY[method] + rng.normal(0, 0.05, 12), 0, 1)
+    psnr = DETAIL[method] + steps / 4 + rng.normal(0, 1, len(tags))
+    metrics |= {
+        "diversity.cell_entropy": _metric(diverse, "analogue"),
+        "diversity.color_entropy": _metric(diverse**0.5, "analogue"),
+        "diversity.vendi": _metric(1 + 15 * diverse, "analogue"),
+        "fidelity.psnr": _metric(psnr, "analogue"),
+        "fidelity.sharpness": _metric(psnr / 70, "analogue"),
+    }
+    values: dict[str, Any] = {"tag": tags, "shapeeval.overall": correct.tolist(), "fidelity.psnr": psnr.tolist()}
+    values |= {"diversity.vendi": (1 + 15 * diverse).tolist(), "diversity.cell_entropy": diverse.tolist()}
+    if media == "clips":
+        dimensions = {
+            "dynamic_degree": "substituted_model",
+            "temporal_flickering": "same_formula",
+            "motion": "analogue",
+        }
+        metrics |= {f"shapebench.{name}": _metric(np.sqrt(correct), kind) for name, kind in dimensions.items()}
+    return {
+        "model": model,
+        "steps": steps,
+        "media": media,
+        "n_prompts": len(tags),
+        "n_samples": 4 * len(tags),
+        "metrics": metrics,
+        "evaluator": {"version": "shapes-1", "prompts_sha256": "ab" * 32},
+        "per_prompt": values,
+    }
+
+
+@pytest.fixture(scope="session")
+def scored() -> Callable[..., dict[str, Any]]:
+    """`score`, for tests that need scores of their own."""
+    return score
+
+
+@pytest.fixture(scope="session")
+def scores() -> dict[str, list[dict[str, Any]]]:
+    """Scores of all models, controls included, by medium."""
+    clips = [key for key in QUALITY if not key[0].startswith(("scm", "dmd"))]
+    return {
+        "images": [score(model, steps, "images", quality) for (model, steps), quality in QUALITY.items()],
+        "clips": [score(model, steps, "clips", QUALITY[model, steps]) for model, steps in clips],
+    }
+
+
+@pytest.fixture(scope="session")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A published table of the shape of config/published/table1.csv."""
+    path = tmp_path_factory.mktemp("published") / "table1.csv"
+    path.write_text(
+        "group,model,params,resolution,steps,guided,overall,counting\n"
+        "pretrained,SD_X & L,2.6B,1024x1024,50,1,0.55,0.39\n"
+        "teacher,Cosmos-Predict2,0.6B,1360x768,35,1,0.81,0.74\n"
+        "rcm,Cosmos-Predict2,0.6B,1360x768,4,0,0.79,1.00\n"
+    )
+    return path
+
+
+def write_samples(folder: Path, media: str, quality: float, *, per_task: int = 2) -> Path:
+    """A sample folder in GenEval's layout: ground truth, or with probability 1 - quality another prompt's."""
+    rng = np.random.default_rng(int(100 * quality))
+    prompts = evaluation_suite(TINY, seed=3, per_task=per_task, media=media)
+    for index, prompt in enumerate(prompts):
+        shown = prompt if rng.random() < quality else prompts[index - 1]
+        frames = world.render(world.sample_scene(shown, rng), 9 if media == "clips" else 1)
+        target = folder / f"{index:05d}" / "samples"
+        target.mkdir(parents=True)
+        (target.parent / "metadata.jsonl").write_text(json.dumps(prompt) + "\n")
+        first, *rest = [Image.fromarray(frame) for frame in frames]
+        first.save(target / "0000.png", **({"save_all": True, "append_images": rest, "loop": 0} if rest else {}))
+    return folder
+
+
+def write_metrics(path: Path, method: str, updates: int = 120) -> Path:
+    """Metrics of a distillation as `rcm.training` writes them."""
+    rng = np.random.default_rng(len(method))
+    rows: list[dict[str, Any]] = []
+    for update in range(1, updates + 1):
+        row: dict[str, Any] = {"role": "student", "update": update, "gradient_norm": 2 + rng.gamma(2.0, 0.4)}
+        if method != "dmd":
+            row |= {"scm_loss": 1 + rng.normal(0, 0.02), "tangent_norm": 30 / update**0.3 * rng.gamma(9, 1 / 9)}
+        if method != "scm":
+            row |= {"dmd_loss": 60 / update**0.2 * rng.gamma(9, 1 / 9)}
+            critic = {"role": "critic", "update": update, "critic_loss": 90 / update**0.1 * rng.gamma(9, 1 / 9)}
+            rows.append(critic | {"gradient_norm": 5 * rng.gamma(4, 0.25)})
+        rows.append(row)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"iteration": i + 1, **row}) + "\n" for i, row in enumerate(rows)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def image_samples(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Sample folders of images, in no particular order."""
+    root = tmp_path_factory.mktemp("images") / "samples"
+    runs = [("rcm-0-4", 0.9), ("teacher-20", 1.0), ("rcm-0-1", 0.5), ("dmd-0-4", 0.8)]
+    return [write_samples(root / name / "report" / "1-of-1", "images", quality) for name, quality in runs]
+
+
+@pytest.fixture(scope="session")
+def clip_samples(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Sample folders of clips."""
+    root = tmp_path_factory.mktemp("data") / "clips" / "samples"
+    runs = [("rcm-0-4", 0.9), ("teacher-20", 1.0)]
+    return [write_samples(root / name / "report" / "1-of-1", "clips", quality, per_task=1) for name, quality in runs]
