@@ -111,11 +111,10 @@ def _verified_manifest(folder: Path) -> dict[str, Any]:
     files = manifest.get("files") if isinstance(manifest, dict) else None
     if not isinstance(files, dict) or not isinstance(manifest.get("content_sha256"), str):
         raise UserError(f"{folder / MANIFEST} is damaged; make the checkpoint again")
-    found = {file.name for file in folder.iterdir()} - {MANIFEST}
-    for name in sorted(files.keys() | found):
-        if name not in found:
+    for name, digest in files.items():
+        if not (folder / name).is_file():
             raise UserError(f"{folder / name} is missing; make the checkpoint again")
-        if name in files and sha256_file(folder / name) != files[name]:
+        if sha256_file(folder / name) != digest:
             raise UserError(
                 f"{folder / name} is damaged (its SHA-256 is not that of {MANIFEST}); make the checkpoint again"
             )

@@ -207,7 +207,7 @@ def _read_shard(path: Path, count: int) -> list[Sample]:
                 file = tar.extractfile(member)
                 members.setdefault(key, {})[suffix] = file.read() if file else b""
         samples = [_parse(member) for member in members.values()]
-    except (tarfile.TarError, OSError, ValueError, KeyError, EOFError) as error:
+    except (tarfile.TarError, OSError, ValueError, KeyError, TypeError, EOFError) as error:
         raise UserError(f"shard {path} cannot be read ({reason(error)}); make it again") from error
     if len(samples) != count:
         raise UserError(f"shard {path} holds {len(samples)} samples, its manifest says {count}; make it again")
