@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -40,37 +40,36 @@ class Settings:
     """The numbers of a run: sections `objective` and `distillation` of the configuration, and its `seed`."""
 
     seed: int
-    # objective
-    name: str  # scm, dmd or rcm: must agree with the weights
     student_updates: int  # length of the run, equal for all methods; the paper counts student and critic together
     batch: int  # samples of an update, over all processes
     guidance: float  # s of the teacher's velocity F_u + s (F_c - F_u), in both losses
-    student_lr: float
-    critic_lr: float
+    prompt_dropout: float  # share of prompts replaced by the empty one
+    # the loss
+    name: str  # scm, dmd or rcm: must agree with the weights
+    scm_weight: float
+    dmd_weight: float  # lambda, where scm_weight is 1; `balance` in the metrics is lambda sqrt(D)
     scm_time: Mapping[str, Any]  # p_G, times of the sCM loss: a distribution of rcm.flow
     dmd_time: Mapping[str, Any]  # p_D, times of the DMD and critic losses and of random rollouts
-    scm_weight: float = 0.0
-    dmd_weight: float = 0.0  # lambda, where scm_weight is 1; `balance` in the metrics is lambda sqrt(D)
-    rollout_times: Sequence[float] | None = None  # times behind pi/2 of the student's rollouts; null: drawn from p_D
-    # phases
-    tangent_warmup: int = 0  # H: student updates by sCM alone, in which the tangent's weight rises to 1
-    scm_only: int = 0  # further student updates by sCM alone, before DMD joins
-    critic_warmup: int = 0  # critic updates on the student's rollouts before DMD joins
-    student_every: int = 5  # F: afterwards every F-th iteration is the student's, the others are the critic's
-    max_rollout: int = 4  # N_max: rollouts of 1, 2, ... N_max steps take turns
-    tangent_constant: float = 0.1  # c in g / (||g|| + c)
-    prompt_dropout: float = 0.0  # share of prompts replaced by the empty one
-    # optimisers
-    lr_warmup: int = 100  # own updates of a network in which its learning rate rises linearly
-    lr_decay: str = "constant"  # or cosine, to zero at the end
-    beta2: float = 0.999  # of AdamW; beta1 is 0
-    weight_decay: float = 0.01
-    eps: float = 1e-8
-    ema: float = 0.05  # standard deviation of the averaging profile, as a share of the training
+    tangent_constant: float  # c in g / (||g|| + c)
+    max_rollout: int  # N_max: rollouts of 1, 2, ... N_max steps take turns
+    rollout_times: Sequence[float] | None  # times behind pi/2 of the student's rollouts; null: drawn from p_D
+    # phases; sCM alone and DMD alone have no warm-up for the other to join
+    tangent_warmup: int  # H: student updates by sCM alone, in which the tangent's weight rises to 1
+    scm_only: int  # rCM: further student updates by sCM alone, before DMD joins
+    critic_warmup: int  # critic updates on the student's rollouts before DMD joins
+    student_every: int  # F: afterwards every F-th iteration is the student's, the others are the critic's
+    # optimisers: AdamW for each network, no clipping
+    student_lr: float
+    critic_lr: float
+    lr_warmup: int  # own updates of a network in which its learning rate rises linearly
+    lr_decay: str  # constant, or cosine to zero at the end
+    beta2: float  # beta1 is 0
+    weight_decay: float
+    ema: float  # length of the power-function EMA: standard deviation of its profile, as a share of the training
     # what does not change the result
-    state_every: int = 100  # iterations between states to resume from
-    preview_every: int = 0  # student updates between previews; 0: none
-    wandb: str = "disabled"  # disabled, offline or online
+    state_every: int  # iterations between states to resume from
+    preview_every: int  # student updates between previews; 0: none
+    wandb: str  # disabled, offline or online
 
     def __post_init__(self) -> None:
         acting = {(True, False): "scm", (False, True): "dmd", (True, True): "rcm"}
@@ -96,8 +95,7 @@ class Settings:
         """Read the sections; raises UserError for keys that are unknown or missing."""
         given = {"seed": config["seed"], **config["distillation"], **config["objective"]}
         known = {field.name for field in fields(cls)}
-        required = {field.name for field in fields(cls) if field.default is MISSING}
-        for problem, keys in (("unknown", given.keys() - known), ("missing", required - given.keys())):
+        for problem, keys in (("unknown", given.keys() - known), ("missing", known - given.keys())):
             if keys:
                 raise UserError(f"{problem} in the sections objective and distillation: {', '.join(sorted(keys))}")
         return cls(**given)
@@ -126,7 +124,6 @@ class Learner:
             network.parameters(),
             lr=peak,
             betas=(0.0, settings.beta2),
-            eps=settings.eps,
             weight_decay=settings.weight_decay,
             fused=True,
         )
@@ -406,7 +403,7 @@ def _caught_signals() -> Iterator[list[int]]:
         caught.append(number)
         signal.signal(number, before[number])
 
-    before = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
+    before: dict[int, Any] = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield caught
     finally:

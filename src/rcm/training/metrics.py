@@ -74,7 +74,8 @@ def _wandb_run(mode: str, folder: Path, config: Mapping[str, Any] | None) -> Any
         raise UserError("wandb is not installed: `pip install wandb`, or set distillation.wandb=disabled") from None
     if mode == "online" and not _has_wandb_key():
         raise UserError("no key for wandb: run `wandb login`, set WANDB_API_KEY, or set distillation.wandb=offline")
-    return wandb.init(project="rcm", dir=folder, mode=mode, config=dict(config or {}))
+    chosen: Any = mode
+    return wandb.init(project="rcm", dir=folder, mode=chosen, config=dict(config or {}))
 
 
 def _has_wandb_key() -> bool:
