@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,8 @@ def config_dir() -> Path:
 def compose(overrides: Iterable[str] = ()) -> dict[str, Any]:
     """Compose the tree with Hydra overrides such as `experiment=tiny-clips`, resolve and check it.
 
-    Returns plain dicts, lists and numbers. Raises UserError with one sentence that names the key, what was given and what
-    is allowed.
+    Returns plain dicts, lists and numbers. Raises UserError with one sentence that names the key, what was given and
+    what is allowed.
     """
     overrides = list(overrides)
     with _hydra():
@@ -111,11 +112,11 @@ def read_schema(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def validate(value: Mapping[str, Any], schema: Mapping[str, Any], where: str = "") -> None:
-    """Raise UserError for the first thing in `value` that `schema` does not allow; `where` names the file, if it is one."""
+def validate(value: Mapping[str, Any], schema: Mapping[str, Any]) -> None:
+    """Raise UserError for the first thing in `value` that `schema` does not allow."""
     errors = sorted(_Validator(dict(schema)).iter_errors(value), key=lambda error: list(map(str, error.path)))
     if errors:
-        raise UserError((f"{where}: " if where else "") + _explained(errors[0]))
+        raise UserError(_explained(errors[0]))
 
 
 def _explained(error: ValidationError) -> str:
@@ -218,7 +219,7 @@ def _check_combinations(tree: Mapping[str, Any]) -> None:
         if wrong:
             raise UserError(_sentence(key, given, allowed))
     times = [math.atan(sampler["sigma_max"]), *sampler["mid_times"], 0.0]
-    if any(later >= earlier for earlier, later in zip(times, times[1:], strict=False)):
+    if any(later >= earlier for earlier, later in pairwise(times)):
         allowed = f"numbers that fall, between atan(sampler.sigma_max) = {times[0]:.4f} and 0"
         raise UserError(_sentence("sampler.mid_times", sampler["mid_times"], allowed))
     if not any(value > 0 for value in tree["suites"]["train"]["weights"].values()):

@@ -1,0 +1,127 @@
+"""Which source code a stage runs, so that Snakemake makes its outputs again when that code changes, and only then.
+
+Found by following imports in the syntax tree, from the stage's function on. Comments, formatting and docstrings do not
+count, nor do the modules of SILENT, which cannot change a number. Imports nothing but the standard library.
+"""
+
+import ast
+import hashlib
+import importlib.util
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+from rcm.cli.parser import STAGES
+
+PACKAGES = ("rcm", "flash_jvp")
+SILENT = {"rcm", "rcm.__main__", "rcm.artefact", "rcm.cli", "rcm.cli.config", "rcm.cli.parser", "rcm.cli.progress"}
+
+
+@cache
+def code_digest(stage: str) -> str:
+    """SHA-256 over the code that `rcm STAGE` can reach."""
+    module, function = STAGES[stage].where.split(":")
+    parts, imports = _reached(module, function)
+    modules: set[str] = set()
+    queue = sorted(imports)
+    while queue:
+        name = queue.pop()
+        if name in modules or name in SILENT:
+            continue
+        modules.add(name)
+        queue += _imports(_tree(name), name)
+    parts += [f"{name}\n{_text(_tree(name))}" for name in sorted(modules)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _reached(module: str, function: str) -> tuple[list[str], set[str]]:
+    """Of a module, the definitions that a function needs, as text, and the modules that these import."""
+    tree = _tree(module)
+    bound: dict[str, list[ast.stmt]] = {}
+    for statement in tree.body:
+        for name in _names_bound(statement):
+            bound.setdefault(name, []).append(statement)
+    if function not in bound:
+        raise ValueError(f"{module} does not define {function}")
+    seen: set[str] = set()
+    queue, parts, imports = [function], [], set()
+    while queue:
+        name = queue.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        for statement in bound.get(name, []):
+            imports |= set(_imports(statement, module, name))
+            if not isinstance(statement, ast.Import | ast.ImportFrom | ast.If):
+                parts.append(_text(statement))
+                queue += [node.id for node in ast.walk(statement) if isinstance(node, ast.Name)]
+    return sorted(parts), imports
+
+
+def _names_bound(statement: ast.stmt) -> Iterator[str]:
+    """Names that a statement of a module defines."""
+    match statement:
+        case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+            yield name
+        case ast.Import(names=names) | ast.ImportFrom(names=names):
+            for alias in names:
+                yield alias.asname or alias.name.split(".")[0]
+        case _:
+            for node in ast.walk(statement):
+                if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                    yield node.id
+
+
+def _imports(tree: ast.AST, module: str, only: str | None = None) -> list[str]:
+    """Modules of this project that code imports, at any depth; of an import statement only what binds a name."""
+    found = []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Import | ast.ImportFrom):
+            continue
+        names = [a.name for a in node.names if node is not tree or only in (None, a.asname or a.name.split(".")[0])]
+        if isinstance(node, ast.ImportFrom) and names:
+            source = _absolute(node, module)
+            names = [source, *(f"{source}.{name}" for name in names)]
+        for name in names:
+            parents = name.split(".")
+            found += [".".join(parents[:n]) for n in range(1, len(parents) + 1)]
+    return sorted({name for name in found if name.split(".")[0] in PACKAGES and _path(name) is not None})
+
+
+def _absolute(node: ast.ImportFrom, module: str) -> str:
+    """The module that `from ... import` names, also where it is relative."""
+    if not node.level:
+        return node.module or ""
+    path = _path(module)
+    parents = module.split(".")
+    keep = len(parents) - node.level + (path is not None and path.name == "__init__.py")
+    return ".".join([*parents[:keep], *([node.module] if node.module else [])])
+
+
+@cache
+def _path(module: str) -> Path | None:
+    """The file of a module of this project, found without importing it."""
+    top, *rest = module.split(".")
+    spec = importlib.util.find_spec(top)
+    for root in (spec.submodule_search_locations or []) if spec else []:
+        for path in (Path(root, *rest, "__init__.py"), Path(root, *rest).with_suffix(".py")):
+            if path.is_file() and (rest or path.name == "__init__.py"):
+                return path
+    return None
+
+
+@cache
+def _tree(module: str) -> ast.Module:
+    path = _path(module)
+    assert path is not None
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def _text(tree: ast.AST) -> str:
+    """Code without comments, layout and docstrings."""
+    tree = ast.parse(ast.unparse(tree))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            if ast.get_docstring(node, clean=False) is not None:
+                node.body = node.body[1:] or [ast.Pass()]
+    return ast.unparse(tree)

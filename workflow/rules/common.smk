@@ -1,0 +1,144 @@
+# The configuration, checked, and what a rule asks of it.
+import json
+import os
+import shlex
+import sys
+from functools import cache
+from pathlib import Path
+
+try:
+    from rcm.artefact import UserError
+    from rcm.cli.config import compose, options, read_schema, validate
+    from rcm.cli.sources import code_digest
+except ImportError as error:
+    raise WorkflowError(
+        f"{error}: this project is not installed for {sys.executable}; use .venv/bin/snakemake after `make setup`"
+    ) from None
+
+# every rule calls the interpreter that runs Snakemake
+shell.prefix(f"export PATH={shlex.quote(os.path.dirname(sys.executable))}:$PATH; ")
+
+
+def checked(function, *arguments):
+    """Call a function; a user's mistake is one sentence without a traceback."""
+    try:
+        return function(*arguments)
+    except UserError as mistake:
+        raise WorkflowError(str(mistake)) from None
+
+
+def check_pipeline():
+    """Check config/pipeline.yaml with what the command line changed in it."""
+    schema = read_schema(
+        Path(workflow.current_basedir.get_path_or_uri(secret_free=True)) / "../schemas/pipeline.schema.json"
+    )
+    validate(config, schema)
+    scales = sorted({name.rpartition("-")[0] for name in options("experiment")})
+    if config["scale"] not in scales:
+        raise UserError(
+            f"configuration key 'scale' is {json.dumps(config['scale'])}; allowed: the scales that have experiments "
+            f"in config/experiment/, {', '.join(scales)}"
+        )
+    if config["clips"] not in ("all", *config["methods"]):
+        raise UserError(f"configuration key 'clips' is {config['clips']!r}; allowed: all, or one of methods")
+    for word in config["overrides"]:
+        if word.lstrip("+~").partition("=")[0] in ("experiment", "objective", "seed", "suite"):
+            raise UserError(
+                f"configuration key 'overrides' contains {word!r}; the rules set this themselves, "
+                "from scale, methods, seeds and the suite of a job"
+            )
+
+
+checked(check_pipeline)
+SCALE = config["scale"]
+
+
+@cache
+def tree(*words):
+    """The composed configuration."""
+    return checked(compose, words)
+
+
+def part(node, key):
+    """The value at a dotted key; the whole tree at the empty one."""
+    for name in filter(None, key.split(".")):
+        node = node[name]
+    return node
+
+
+def chosen(wildcards):
+    """The Hydra overrides that a job's wildcards stand for."""
+    groups = {"objective": "method", "seed": "seed", "suite": "suite"}
+    picked = [f"{key}={wildcards[name]}" for key, name in groups.items() if name in wildcards.keys()]
+    return [f"experiment={SCALE}-{wildcards.get('media', 'images')}", *picked]
+
+
+# The sections of the configuration that decide what a stage makes; it is made again when a value in them changes.
+READS = {
+    "prompts": ("media", "prompts", "suites.{suite}"),
+    "download transformer": ("checkpoints.transformer",),
+    "download codec": ("checkpoints.codec",),
+    "pretrain": ("media", "frames", "network", "codec", "text", "pretrain"),
+    "convert": ("network",),
+    "synthesize": ("frames", "network", "codec", "text", "teacher", "suites.train", "evaluation.batch"),
+    "distill": (
+        *("media", "frames", "network", "codec", "text", "seed", "objective", "distillation"),
+        *("sampler", "prompts", "suites.dev.seed"),
+    ),
+    "export": ("media", "frames", "network", "codec", "text", "seed", "objective", "sampler"),
+    "sample student": ("frames", "codec", "suites.{suite}", "evaluation.batch"),
+    "sample teacher": ("frames", "network", "codec", "text", "teacher", "suites.{suite}", "evaluation.batch"),
+    "sample control": ("frames", "codec", "suites.{suite}", "evaluation.batch"),
+    "evaluate": ("media", "evaluation"),
+    "report": ("",),
+}
+
+
+def values(stage, wildcards, words):
+    composed = tree(*chosen(wildcards), *words)
+    keys = [key.format(**wildcards) for key in READS[stage]]
+    return json.dumps({key: part(composed, key) for key in keys}, sort_keys=True)
+
+
+def numbers(stage):
+    """For params: the values that a stage reads, as JSON."""
+    return lambda wildcards: values(stage, wildcards, config["overrides"])
+
+
+def overrides(stage):
+    """For params: overrides for a stage's command line: what its wildcards choose, and of `overrides` what it reads."""
+
+    def matters(word, wildcards):
+        others = [other for other in config["overrides"] if other != word]
+        try:
+            return values(stage, wildcards, others) != values(stage, wildcards, config["overrides"])
+        except WorkflowError:  # the others need this one
+            return True
+
+    return lambda wildcards: shlex.join(
+        [*chosen(wildcards), *(word for word in config["overrides"] if matters(word, wildcards))]
+    )
+
+
+def students(media):
+    """The students of a medium, METHOD-SEED."""
+    methods = config["methods"] if media == "images" or config["clips"] == "all" else [config["clips"]]
+    return [f"{method}-{seed}" for method in methods for seed in config["seeds"]]
+
+
+def models(media):
+    """What a table compares: the teacher and the students at each number of steps, MODEL-STEPS."""
+    steps = tree(f"experiment={SCALE}-{media}", *config["overrides"])["teacher"]["steps"]
+    return [f"teacher-{steps}", *(f"{student}-{k}" for student in students(media) for k in config["steps"])]
+
+
+def scores(media, kind="models"):
+    """Score files of the models, or of the controls."""
+    names = models(media) if kind == "models" else [f"{control}-0" for control in config["controls"]]
+    return [f"<results>/{media}/scores/{name}.json" for name in names]
+
+
+def samples(media):
+    """Folders of samples of the models, suite `report`."""
+    pattern = gather.report("<data>/{media}/samples/{model}/report/{scatteritem}", allow_missing=True)
+    return expand(pattern, media=media, model=models(media))

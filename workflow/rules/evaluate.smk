@@ -1,0 +1,110 @@
+# Evaluation: samples of students, teacher and controls, and their scores.
+rule sample_student:
+    input:
+        student=rules.export.output.safetensors,
+        codec=rules.download_codec.output,
+        prompts=rules.prompts.output,
+    output:
+        directory("<data>/{media}/samples/{method}-{seed}-{steps}/{suite}/{scatteritem}"),
+    log:
+        "<logs>/{media}/sample/{method}-{seed}-{steps}-{suite}-{scatteritem}.log",
+    benchmark:
+        "<logs>/benchmarks/sample/{media}-{method}-{seed}-{steps}-{suite}-{scatteritem}.tsv"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=60,
+    params:
+        cfg=numbers("sample student"),
+        code=lambda _: code_digest("sample"),
+        overrides=overrides("sample student"),
+    message:
+        "Sample {wildcards.media} from {wildcards.method}-{wildcards.seed} in {wildcards.steps} steps "
+        "({wildcards.suite}, part {wildcards.scatteritem})"
+    shell:
+        "python -m rcm sample {params.overrides} --checkpoint {input.student} --codec {input.codec} "
+        "--prompts {input.prompts} --steps {wildcards.steps} --part {wildcards.scatteritem} --out {output} > {log} 2>&1"
+
+
+rule sample_teacher:
+    input:
+        teacher=rules.convert.output,
+        codec=rules.download_codec.output,
+        prompts=rules.prompts.output,
+    output:
+        directory("<data>/{media}/samples/teacher-{steps}/{suite}/{scatteritem}"),
+    log:
+        "<logs>/{media}/sample/teacher-{steps}-{suite}-{scatteritem}.log",
+    benchmark:
+        "<logs>/benchmarks/sample/{media}-teacher-{steps}-{suite}-{scatteritem}.tsv"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=60,
+    params:
+        cfg=numbers("sample teacher"),
+        code=lambda _: code_digest("sample"),
+        overrides=overrides("sample teacher"),
+    message:
+        "Sample {wildcards.media} from the teacher in {wildcards.steps} steps "
+        "({wildcards.suite}, part {wildcards.scatteritem})"
+    shell:
+        "python -m rcm sample {params.overrides} --checkpoint {input.teacher} --codec {input.codec} "
+        "--prompts {input.prompts} --steps {wildcards.steps} --part {wildcards.scatteritem} --out {output} > {log} 2>&1"
+
+
+rule sample_control:
+    input:
+        codec=rules.download_codec.output,
+        prompts=rules.prompts.output,
+    output:
+        directory("<data>/{media}/samples/{control}-0/{suite}/{scatteritem}"),
+    log:
+        "<logs>/{media}/sample/{control}-{suite}-{scatteritem}.log",
+    benchmark:
+        "<logs>/benchmarks/sample/{media}-{control}-{suite}-{scatteritem}.tsv"
+    threads: 1
+    resources:
+        mem_mb=800,
+        runtime=60,
+    params:
+        cfg=numbers("sample control"),
+        code=lambda _: code_digest("sample"),
+        overrides=overrides("sample control"),
+    message:
+        "Make the control `{wildcards.control}` of {wildcards.media} ({wildcards.suite}, part {wildcards.scatteritem})"
+    shell:
+        "python -m rcm sample {params.overrides} --control {wildcards.control} --codec {input.codec} "
+        "--prompts {input.prompts} --steps 0 --part {wildcards.scatteritem} --out {output} > {log} 2>&1"
+
+
+rule evaluate:
+    input:
+        samples=gather.report("<data>/{media}/samples/{model}/report/{scatteritem}", allow_missing=True),
+        # the diversity of ground truth is the most there can be; of the other controls it says nothing
+        diversity=branch(
+            lambda wildcards: wildcards.model in ("codec-0", "shuffled-0"),
+            then=[],
+            otherwise=gather.diversity("<data>/{media}/samples/{model}/diversity/{scatteritem}", allow_missing=True),
+        ),
+    output:
+        scores="<results>/{media}/scores/{model}.json",
+        results="<results>/{media}/scores/{model}.results.jsonl",
+    log:
+        "<logs>/{media}/evaluate/{model}.log",
+    benchmark:
+        "<logs>/benchmarks/evaluate/{media}-{model}.tsv"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=60,
+    params:
+        cfg=numbers("evaluate"),
+        code=lambda _: code_digest("evaluate"),
+        overrides=overrides("evaluate"),
+        diversity=lambda wildcards, input: f"--diversity {input.diversity}" if input.diversity else "",
+    message:
+        "Score {wildcards.media} of {wildcards.model}"
+    shell:
+        "python -m rcm evaluate {params.overrides} --samples {input.samples} {params.diversity} "
+        "--out {output.scores} --results {output.results} > {log} 2>&1"

@@ -1,0 +1,147 @@
+# Tables, figures and the report. `snakemake -c2 NAME` makes one of them.
+rule table1:
+    input:
+        scores=lambda _: scores("images"),
+        controls=lambda _: scores("images", "controls"),
+        published="config/published/table1.csv",
+    output:
+        csv="<results>/tables/table1.csv",
+        md="<results>/tables/table1.md",
+        tex="<results>/tables/table1.tex",
+    log:
+        "<logs>/table1.log",
+    benchmark:
+        "<logs>/benchmarks/table/table1.tsv"
+    threads: 1
+    resources:
+        mem_mb=500,
+        runtime=10,
+    params:
+        code=lambda _: code_digest("table"),
+        folder=lambda wildcards, output: os.path.dirname(output.csv),
+    message:
+        "Make table 1: images"
+    shell:
+        "python -m rcm table --name table1 --scores {input.scores} --controls {input.controls} "
+        "--published {input.published} --out-dir {params.folder} > {log} 2>&1"
+
+
+rule table2:
+    input:
+        scores=lambda _: scores("clips"),
+        controls=lambda _: scores("clips", "controls"),
+        published="config/published/table2.csv",
+    output:
+        csv="<results>/tables/table2.csv",
+        md="<results>/tables/table2.md",
+        tex="<results>/tables/table2.tex",
+    log:
+        "<logs>/table2.log",
+    benchmark:
+        "<logs>/benchmarks/table/table2.tsv"
+    threads: 1
+    resources:
+        mem_mb=500,
+        runtime=10,
+    params:
+        code=lambda _: code_digest("table"),
+        folder=lambda wildcards, output: os.path.dirname(output.csv),
+    message:
+        "Make table 2: clips"
+    shell:
+        "python -m rcm table --name table2 --scores {input.scores} --controls {input.controls} "
+        "--published {input.published} --out-dir {params.folder} > {log} 2>&1"
+
+
+rule figure_samples:
+    input:
+        lambda _: samples("images"),
+    output:
+        "<results>/figures/figure_samples.png",
+    log:
+        "<logs>/figure_samples.log",
+    benchmark:
+        "<logs>/benchmarks/figure/figure_samples.tsv"
+    threads: 1
+    resources:
+        mem_mb=800,
+        runtime=10,
+    params:
+        code=lambda _: code_digest("figure"),
+    message:
+        "Draw samples of teacher and students from the same noise"
+    shell:
+        "python -m rcm figure --name figure_samples --inputs {input} --out {output} > {log} 2>&1"
+
+
+rule figure_quality_diversity:
+    input:
+        lambda _: [*scores("images"), *scores("images", "controls")],
+    output:
+        "<results>/figures/figure_quality_diversity.png",
+    log:
+        "<logs>/figure_quality_diversity.log",
+    benchmark:
+        "<logs>/benchmarks/figure/figure_quality_diversity.tsv"
+    threads: 1
+    resources:
+        mem_mb=500,
+        runtime=10,
+    params:
+        code=lambda _: code_digest("figure"),
+    message:
+        "Draw quality against diversity"
+    shell:
+        "python -m rcm figure --name figure_quality_diversity --inputs {input} --out {output} > {log} 2>&1"
+
+
+rule figure_training:
+    input:
+        lambda _: [f"<data>/images/{student}/metrics.jsonl" for student in students("images")],
+    output:
+        "<results>/figures/figure_training.png",
+    log:
+        "<logs>/figure_training.log",
+    benchmark:
+        "<logs>/benchmarks/figure/figure_training.tsv"
+    threads: 1
+    resources:
+        mem_mb=800,
+        runtime=10,
+    params:
+        code=lambda _: code_digest("figure"),
+    message:
+        "Draw the training of the students"
+    shell:
+        "python -m rcm figure --name figure_training --inputs {input} --out {output} > {log} 2>&1"
+
+
+rule report:
+    input:
+        tables=expand("<results>/tables/{table}.csv", table=config["tables"]),
+        figures=expand("<results>/figures/{figure}.png", figure=config["figures"]),
+        clips=lambda _: samples("clips") if "table2" in config["tables"] else [],
+    output:
+        "<results>/report.html",
+    log:
+        "<logs>/report.log",
+    benchmark:
+        "<logs>/benchmarks/report/report.tsv"
+    threads: 1
+    resources:
+        mem_mb=800,
+        runtime=10,
+    params:
+        cfg=numbers("report"),
+        code=lambda _: code_digest("report"),
+        overrides=overrides("report"),
+        folders=[f"results/{SCALE}", f"data/{SCALE}", f"logs/{SCALE}"],
+    message:
+        "Write the report {output}"
+    shell:
+        "python -m rcm report {params.overrides} --results {params.folders} --out {output} > {log} 2>&1"
+
+
+rule pretrain:
+    input:
+        expand(rules.pretrain_teacher.output, media=["images", "clips"]),
