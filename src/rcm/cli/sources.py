@@ -72,6 +72,7 @@ def _names_bound(statement: ast.stmt) -> Iterator[str]:
                     yield node.id
 
 
+@cache
 def _imports(tree: ast.AST, module: str, only: str | None = None) -> list[str]:
     """Modules of this project that code imports, at any depth; of an import statement only what binds a name."""
     found = []
@@ -110,18 +111,23 @@ def _path(module: str) -> Path | None:
     return None
 
 
+_Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
 @cache
 def _tree(module: str) -> ast.Module:
+    """The syntax tree of a module, without docstrings."""
     path = _path(module)
-    assert path is not None
-    return ast.parse(path.read_text(encoding="utf-8"))
-
-
-def _text(tree: ast.AST) -> str:
-    """Code without comments, layout and docstrings."""
-    tree = ast.parse(ast.unparse(tree))
+    if path is None:
+        raise ValueError(f"there is no module {module}")
+    tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            if ast.get_docstring(node, clean=False) is not None:
-                node.body = node.body[1:] or [ast.Pass()]
+        if isinstance(node, _Documented) and ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return tree
+
+
+@cache
+def _text(tree: ast.AST) -> str:
+    """Code without comments and layout."""
     return ast.unparse(tree)
