@@ -10,22 +10,25 @@ with the Tanimoto coefficients of contrast and template: fit of the best shape, 
 """
 
 from functools import cache
+from itertools import product
 
 import cv2
 import numpy as np
 
 from rcm.data import world
-from rcm.evaluation.geneval import Detection
+from rcm.evaluation.geneval import Box, Detection
 
-SLOPE, OFFSET = 5.0, -2.3
+SLOPE, OFFSET = 9.60, -7.05
 
-_WINDOW = 21  # pixels, side of the crop that is compared with templates
+_WINDOW = 19  # pixels, side of the crop that is compared with templates
 _HALF = _WINDOW // 2
 _MIN_AREA = 20  # pixels
 _MIN_CONTRAST = 18.0  # CIELAB units
 _RAMP = 0.5  # contrast, as a share of the object's own, at which coverage counts as full
 _SCALES = (0.85, 1.0, 1.15)
-_SHIFTS = (-1.0, -0.5, 0.0, 0.5, 1.0)
+_SHIFTS = (-0.7, 0.0, 0.7)
+_LOOKS = (*((fill, "red", 55.0) for fill in world.FILLS), *((fill, "white", 85.0) for fill in ("rimmed", "shaded")))
+_BLURS = (0.0, 1.0)  # pixels
 _TONES = (1.0, 0.85, 0.7)
 _NAMES = tuple(world.COLORS)
 _PALETTE = np.array([world.COLORS[name] for name in _NAMES], np.float32)
@@ -59,18 +62,17 @@ def _contrast(image: np.ndarray) -> np.ndarray:
     return np.linalg.norm(values - np.median(values.reshape(-1, 3), axis=0), axis=2)
 
 
-def _coverage(contrast: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Soft silhouette in [0, 1]: contrast relative to the object's own, saturated so that its fill hardly shows."""
+def _window(contrast: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Soft silhouette in [0, 1], (window, window) about the middle of the mask's box.
+
+    Contrast relative to the object's own and saturated, so that its fill hardly shows.
+    """
     own = np.percentile(contrast[mask], 80)
-    return np.clip(contrast / (_RAMP * own), 0, 1)
-
-
-def _crop(values: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
-    """Window about the centre of the bounding box of `weights` > 1/2, zero outside the image, and its top left."""
-    ys, xs = np.nonzero(weights > 0.5)
-    y, x = (int(np.floor((axis.min() + axis.max() + 1) / 2)) for axis in (ys, xs))
-    padded = np.pad(values, _HALF + 1)
-    return padded[y + 1 : y + 1 + _WINDOW, x + 1 : x + 1 + _WINDOW], (y - _HALF, x - _HALF)
+    near = cv2.dilate(mask.astype(np.uint8), np.ones((3, 3), np.uint8))
+    x0, y0, x1, y1 = _box(mask)
+    y, x = int(y0 + y1) // 2, int(x0 + x1) // 2
+    coverage = np.pad(np.clip(contrast / (_RAMP * own), 0, 1) * near, _HALF)
+    return coverage[y : y + _WINDOW, x : x + _WINDOW]
 
 
 @cache
@@ -78,12 +80,11 @@ def _bank() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Templates (N, window^2), their squared norms, and the index of each one's shape."""
     templates, owners = [], []
     for index, shape in enumerate(world.SHAPES):
-        for fill in world.FILLS:
-            image = world.render(world.Scene((world.Thing(shape, "red", (1, 1), fill),), 55.0))[0]
-            contrast = _contrast(image)
-            coverage = _coverage(contrast, contrast > _MIN_CONTRAST)
-            crop, _ = _crop(coverage, coverage)
-            for scale in _SCALES:
+        for fill, color, background in _LOOKS:
+            image = world.render(world.Scene((world.Thing(shape, color, (1, 1), fill),), background))[0]
+            contrasts = [_contrast(cv2.GaussianBlur(image, (0, 0), blur) if blur else image) for blur in _BLURS]
+            crops = [_window(contrast, contrast > _MIN_CONTRAST) for contrast in contrasts]
+            for crop, scale in product(crops, _SCALES):
                 for dy in _SHIFTS:
                     for dx in _SHIFTS:
                         move = np.array(
@@ -96,13 +97,13 @@ def _bank() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return bank, (bank**2).sum(1), np.array(owners)
 
 
-def _fits(coverage: np.ndarray) -> np.ndarray:
-    """Best Tanimoto coefficient a.b / (|a|^2 + |b|^2 - a.b) of a window with the templates of each shape."""
+def _fits(windows: np.ndarray) -> np.ndarray:
+    """Best Tanimoto coefficient a.b / (|a|^2 + |b|^2 - a.b) of windows (N, ...) with templates: (N, shapes)."""
     bank, norms, owners = _bank()
-    a = coverage.ravel().astype(np.float32)
-    products = bank @ a
-    tanimoto = products / (norms + a @ a - products)
-    return np.array([tanimoto[owners == index].max() for index in range(len(world.SHAPES))])
+    a = windows.reshape(len(windows), -1).astype(np.float32)
+    products = a @ bank.T
+    tanimoto = products / (norms + (a**2).sum(1, keepdims=True) - products)
+    return np.stack([tanimoto[:, owners == index].max(1) for index in range(len(world.SHAPES))], axis=1)
 
 
 def evidence(fits: np.ndarray) -> float:
@@ -162,22 +163,24 @@ class ShapeDetector:
         spread = 1.4826 * np.median(contrast)
         foreground = contrast > max(_MIN_CONTRAST, 3.5 * spread)
         label = _color_labels(smooth, background)
-        found = []
-        for piece in _pieces(foreground):
-            for part in _split_by_color(piece, contrast, label):
-                for mask in _split_by_neck(part, contrast):
-                    found.append(self._describe(smooth, contrast, mask))
-        return found
+        masks = [
+            mask
+            for piece in _pieces(foreground)
+            for part in _split_by_color(piece, contrast, label)
+            for mask in _split_by_neck(part, contrast)
+        ]
+        if not masks:
+            return []
+        fits = _fits(np.stack([_window(contrast, mask) for mask in masks]))
+        return [
+            (Detection(world.SHAPES[row.argmax()], _box(mask), 0.0, mask, color_name(smooth, mask)), evidence(row))
+            for mask, row in zip(masks, fits, strict=True)
+        ]
 
-    def _describe(self, image: np.ndarray, contrast: np.ndarray, mask: np.ndarray) -> tuple[Detection, float]:
-        reach = cv2.dilate(mask.astype(np.uint8), np.ones((3, 3), np.uint8))
-        coverage = _coverage(contrast, mask) * reach
-        crop, _ = _crop(coverage, mask)
-        fits = _fits(crop)
-        ys, xs = np.nonzero(mask)
-        box = (float(xs.min()), float(ys.min()), float(xs.max() + 1), float(ys.max() + 1))
-        shape = world.SHAPES[int(fits.argmax())]
-        return Detection(shape, box, 0.0, mask, color_name(image, mask)), evidence(fits)
+
+def _box(mask: np.ndarray) -> Box:
+    ys, xs = np.nonzero(mask)
+    return float(xs.min()), float(ys.min()), float(xs.max() + 1), float(ys.max() + 1)
 
 
 def _color_labels(image: np.ndarray, background: np.ndarray) -> np.ndarray:
