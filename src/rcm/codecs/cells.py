@@ -1,6 +1,7 @@
 """The codec of the tiny scale: one latent token a cell, and one latent frame for 1 + 4k frames of video.
 
-In space it is a linear autoencoder: the principal components of a cell's pixels, each scaled to unit variance. In time
+In space it is a linear autoencoder: the principal components of a cell's pixels, each divided by the root of its
+standard deviation (whole whitening would drown what is seen in what is not), and unit variance over all. In time
 it keeps every fourth frame and fills the three between as a video coder does: a cell whose picture turns up in a
 neighbouring cell of the next kept frame slides there, everything else fades over.
 """
@@ -35,7 +36,9 @@ class CellCodec(nn.Module):
         count = len(self.scale)
         basis = vectors.T.flip(0)[:count]
         basis = basis * basis.gather(1, basis.abs().argmax(1, keepdim=True)).sign()
-        for buffer, value in ((self.mean, mean), (self.basis, basis), (self.scale, variance.flip(0)[:count].sqrt())):
+        deviation = variance.flip(0)[:count].sqrt()
+        scale = deviation.sqrt() * deviation.mean().sqrt()
+        for buffer, value in ((self.mean, mean), (self.basis, basis), (self.scale, scale)):
             buffer.copy_(value)
 
     def _cells(self, video_BCTHW: Tensor) -> Tensor:

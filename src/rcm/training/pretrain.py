@@ -1,0 +1,144 @@
+"""Train the tiny teacher from nothing: flow matching on scenes of the procedural world."""
+
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from rcm import randomness
+from rcm.artefact import UserError
+from rcm.codecs import CellCodec, from_pixels
+from rcm.data import prompts, world
+from rcm.data.shards import batch_indices
+from rcm.flow import per_sample, time_distribution, trig_to_rf
+from rcm.text import WordEncoder
+
+from .ema import PowerEMA
+from .metrics import MetricsLog
+from .schedule import learning_rate
+from .state import load_state, save_state
+
+_CHUNK = 2000  # scenes drawn at once
+
+
+@dataclass(frozen=True)
+class World:
+    """Scenes as latents (N, C, T, H, W), their captions as rows of `texts` (M + 1, L, D), whose last is the empty one."""
+
+    latents: Tensor
+    captions: Tensor
+    texts: Tensor
+
+
+def captions(config: Mapping[str, Any]) -> list[prompts.Metadata]:
+    """The captions of the teacher's training scenes, one a scene."""
+    settings = config["pretrain"]
+    return prompts.training_suite(
+        prompts.VOCABULARIES[config["prompts"]["vocabulary"]],
+        seed=settings["seed"],
+        number=settings["scenes"],
+        weights=settings["weights"],
+        media=config["media"],
+        still=config["prompts"]["still"],
+    )
+
+
+def pictures(metadatas: list[prompts.Metadata], seed: int, frames: int, start: int = 0) -> Tensor:
+    """Draw a scene for each caption: video (N, 3, F, H, W) in [-1, 1]; scene i depends on (seed, start + i) alone."""
+    drawn = [
+        world.render(world.sample_scene(metadata, np.random.default_rng([seed, start + i])), frames)
+        for i, metadata in enumerate(metadatas)
+    ]
+    return from_pixels(np.stack(drawn))
+
+
+def draw_world(config: Mapping[str, Any], codec: CellCodec, encoder: WordEncoder) -> World:
+    """Draw and encode the training scenes. A codec that is not fitted yet (all zeros) is fitted to the first of them."""
+    settings, frames = config["pretrain"], config["frames"]
+    metadatas = captions(config)
+    if not codec.basis.any():
+        codec.fit(pictures(metadatas[:_CHUNK], settings["seed"], 1)[:, :, 0])
+    rows = {text: i for i, text in enumerate(sorted({m["prompt"] for m in metadatas}))}
+    latents = [
+        codec.encode(pictures(metadatas[start : start + _CHUNK], settings["seed"], frames, start))
+        for start in tqdm(range(0, len(metadatas), _CHUNK), "scenes", disable=not sys.stderr.isatty(), leave=False)
+    ]
+    return World(torch.cat(latents), torch.tensor([rows[m["prompt"]] for m in metadatas]), encoder.encode([*rows, ""]))
+
+
+def flow_matching_loss(network: nn.Module, x0: Tensor, noise: Tensor, r_B: Tensor, text: Tensor) -> Tensor:
+    """Mean of |v(x_r, r) - (ε - x0)|² at x_r = (1 - r) x0 + r ε (Lipman et al. 2023, arXiv 2210.02747)."""
+    r = per_sample(r_B, x0).to(x0.dtype)
+    time_scale: Any = network.time_scale
+    velocity = network((1 - r) * x0 + r * noise, r_B[:, None] * time_scale, text)
+    return (velocity - (noise - x0)).square().mean()
+
+
+def pretrain(
+    config: Mapping[str, Any], network: nn.Module, scenes: World, *, resume_dir: Path, metrics_path: Path
+) -> None:
+    """Train `network` in place, which then carries the averaged weights; section `pretrain` of the configuration.
+
+    An interrupted run continues from its last state in `resume_dir`, bit for bit. Raises UserError where that state
+    belongs to another configuration.
+    """
+    s = dict(config["pretrain"])
+    identity = {**s, "network": dict(config["network"]), "codec": dict(config["codec"]), "text": dict(config["text"])}
+    times = time_distribution(s["time"])
+    optimizer = torch.optim.AdamW(
+        network.parameters(), lr=s["lr"], betas=(0.9, s["beta2"]), weight_decay=s["weight_decay"], fused=True
+    )
+    ema = PowerEMA(network, s["ema"])
+    first = 1
+    if (found := load_state(resume_dir, identity)) is not None:
+        first, state = found[0] + 1, found[1]
+        network.load_state_dict(state["network"])
+        optimizer.load_state_dict(state["optimizer"])
+        ema.load_state_dict(state["ema"])
+    if len(scenes.latents) < s["batch"]:
+        raise UserError(f"pretrain.scenes is {len(scenes.latents)}, but a batch takes {s['batch']}")
+    metrics = MetricsLog(metrics_path, step=first - 1)
+    began = told = time.monotonic()
+    bar = tqdm(
+        range(first, s["iterations"] + 1),
+        "pretrain",
+        total=s["iterations"],
+        initial=first - 1,
+        disable=not sys.stderr.isatty(),
+    )
+    positions = range(s["batch"])
+    for i in bar:
+        chosen = torch.tensor(batch_indices(len(scenes.latents), s["batch"], s["seed"], i))
+
+        def uniform(purpose: str, step: int = i) -> Tensor:
+            return randomness.uniform((), seed=s["seed"], purpose=purpose, step=step, indices=positions)
+
+        x0 = scenes.latents[chosen]
+        noise = randomness.normal(x0.shape[1:], seed=s["seed"], purpose="noise", step=i, indices=positions)
+        rows = torch.where(uniform("dropout") < s["prompt_dropout"], len(scenes.texts) - 1, scenes.captions[chosen])
+        r_B = trig_to_rf(times.quantile(uniform("time")))
+        loss = flow_matching_loss(network, x0, noise, r_B, scenes.texts[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        rate = learning_rate(s["lr"], i, s["iterations"], s["lr_warmup"], "cosine")
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        ema.step(i)
+        metrics.write(i, {"loss": loss.item(), "lr": rate, "wall": {"seconds": round(time.monotonic() - began, 3)}})
+        if i % s["state_every"] == 0 and i < s["iterations"]:
+            metrics.flush()
+            tensors = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema.state_dict()}
+            save_state(resume_dir, i, tensors, identity)
+        if bar.disable and time.monotonic() - told > 30:
+            told = time.monotonic()
+            print(f"pretrain: step {i} of {s['iterations']}, loss {loss.item():.4f}", file=sys.stderr, flush=True)
+    metrics.close()
+    ema.copy_to_network()
