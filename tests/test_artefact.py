@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -180,7 +181,7 @@ def test_manifest_names_the_content(tmp_path: Path) -> None:
 
 
 def test_code_digest_follows_sources_only(tmp_path: Path) -> None:
-    digests = []
+    digests: list[str] = []
     for text in ("x = 1", "x = 1", "x = 2"):
         root = tmp_path / str(len(digests)) / "package"  # where it lies does not matter
         (root / "__pycache__").mkdir(parents=True)
@@ -194,17 +195,16 @@ def test_code_digest_follows_sources_only(tmp_path: Path) -> None:
 # --- Provenance
 
 
-def run_stage(folder: Path, **settings: object) -> tuple[str, str]:
+def run_stage(folder: Path, **settings: Any) -> tuple[str, str]:
     """A stage that copies a file, in a folder of its own as working directory."""
     (folder / "data").mkdir(parents=True)
     (folder / "data" / "in.txt").write_text("content")
     os.chdir(folder)
     out = folder / "data" / "out.txt"
-    with recording(
-        out, stage="copy", inputs=["data/in.txt"], **({"config": {"b": 1, "a": 2}, "seed": 3} | settings)
-    ) as f:
+    settings = {"config": {"b": 1, "a": 2}, "seed": 3} | settings
+    with recording(out, stage="copy", inputs=["data/in.txt"], **settings) as facts:
         write_text(out, "content")
-        f["steps"] = 7
+        facts["steps"] = 7
     return beside(out, ".prov.json").read_text(), beside(out, ".run.json").read_text()
 
 

@@ -218,7 +218,7 @@ def _git_version() -> dict[str, Any] | None:
     """Commit of the working copy this library runs from and whether it has changes; None outside of git."""
 
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        command = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     try:

@@ -86,7 +86,8 @@ FORMATS = pytest.mark.parametrize(
     [(write_pth, load_pth), (write_dcp, load_dcp), (write_export, read_state_of_export)],
     ids=["pth", "dcp", "safetensors"],
 )
-Write, Read = Callable[[Path, State], Path], Callable[[Path], State]
+Write = Callable[[Path, State], Path]
+Read = Callable[[Path], State]
 
 
 @FORMATS
