@@ -201,8 +201,8 @@ def run_stage(folder: Path, **settings: Any) -> tuple[str, str]:
     (folder / "data" / "in.txt").write_text("content")
     os.chdir(folder)
     out = folder / "data" / "out.txt"
-    settings = {"config": {"b": 1, "a": 2}, "seed": 3} | settings
-    with recording(out, stage="copy", inputs=["data/in.txt"], **settings) as facts:
+    chosen: dict[str, Any] = {"config": {"b": 1, "a": 2}, "seed": 3} | settings
+    with recording(out, stage="copy", inputs=["data/in.txt"], **chosen) as facts:
         write_text(out, "content")
         facts["steps"] = 7
     return beside(out, ".prov.json").read_text(), beside(out, ".run.json").read_text()
