@@ -9,7 +9,7 @@ import torch
 
 from rcm.artefact import UserError, atomic_file
 from rcm.cli.models import codec, student
-from rcm.cli.pictures import check_suffix, encode, enlarge
+from rcm.cli.pictures import check_suffix, encode, enlarged
 from rcm.codecs import to_pixels
 from rcm.data import world
 
@@ -34,10 +34,15 @@ def generate(arguments: Namespace) -> None:
         print(f"rcm generate: note: {remark}", file=sys.stderr)
     latents = model.sample(model.encoder.encode([prompt]), [(0, 0)], steps=arguments.steps, seed=arguments.seed)
     frames = to_pixels(decoder.decode(latents))[0]
+    shown = frames if suffix == ".npy" else enlarged(frames)
     with atomic_file(arguments.out) as path:
-        path.write_bytes(encode(frames if suffix == ".npy" else enlarge(frames), suffix))
+        path.write_bytes(encode(shown, suffix))
     count, height, width, _ = frames.shape
-    print(f"wrote {arguments.out}: {f'{count} frames of ' if count > 1 else ''}{width} x {height} pixels")
+    factor = shown.shape[1] // height
+    print(
+        f"wrote {arguments.out}: {f'{count} frames of ' if count > 1 else ''}{width} x {height} pixels"
+        + (f", enlarged {factor} times" if factor > 1 else "")
+    )
 
 
 def checked_prompt(prompt: str) -> str:

@@ -94,8 +94,8 @@ def mp4(frames_THWC: np.ndarray) -> bytes:
         return path.read_bytes()
 
 
-def enlarge(frames_THWC: np.ndarray, size: int = 384) -> np.ndarray:
-    """Enlarge small frames by whole factors to about `size` pixels, for people to look at."""
+def enlarged(frames_THWC: np.ndarray, size: int = 384) -> np.ndarray:
+    """Small frames enlarged by whole factors to about `size` pixels, for people to look at."""
     factor = max(1, size // max(frames_THWC.shape[1:3]))
     return frames_THWC.repeat(factor, axis=1).repeat(factor, axis=2)
 

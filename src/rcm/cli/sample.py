@@ -26,8 +26,10 @@ def sample(arguments: Namespace) -> None:
     """Sample every prompt of one part as often as the suite says."""
     config = compose(arguments.overrides)
     suite, batch = config["suites"][config["suite"]], config["evaluation"]["batch"]
-    numbers = {key: config[key] for key in ("suite", "frames", "network", "codec", "text", "teacher")}
-    numbers |= {"seed": suite["seed"], "samples": suite["samples"], "steps": arguments.steps, "part": arguments.part}
+    of_teacher = arguments.checkpoint is not None and arguments.checkpoint.is_dir()
+    numbers = {key: config[key] for key in ("frames", "codec", *(("network", "text", "teacher") if of_teacher else ()))}
+    numbers |= {"samples": suite["samples"], "steps": arguments.steps, "part": arguments.part}
+    numbers |= {"control": arguments.control}
     inputs = [path for path in (arguments.checkpoint, arguments.codec, arguments.prompts) if path is not None]
     with recording(arguments.out, stage="sample", inputs=inputs, config=numbers, seed=suite["seed"]):
         captions = read_prompts(arguments.prompts)

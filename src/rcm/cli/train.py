@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
+import rcm.codecs
+import rcm.networks
 import rcm.text
-from rcm.artefact import UserError, atomic_file, atomic_folder, content_sha256, recording
-from rcm.checkpoints import export_safetensors, load_dcp, save_dcp, save_pth
+from rcm.artefact import UserError, atomic_file, atomic_folder, beside, content_sha256, recording
+from rcm.checkpoints import export_safetensors, load_dcp, load_into, load_pth, save_dcp, save_pth
 from rcm.cli.config import compose
 from rcm.cli.models import EXPORTED, codec, jobs_of, latent_shape, network, noise_of
 from rcm.cli.pictures import grid, png
@@ -20,20 +23,47 @@ from rcm.cli.progress import Progress
 from rcm.codecs import to_pixels
 from rcm.data.shards import read_shards
 from rcm.sampling import consistency_sample, few_step_times
+from rcm.training.state import remove_states
 
 PREVIEW_COLUMNS = 6  # samples of each prompt in a preview
+
+
+def pretrain(arguments: Namespace) -> None:
+    """Train a teacher on scenes of the tiny world, from where an earlier call was stopped."""
+    from rcm.training.pretrain import draw_world
+    from rcm.training.pretrain import pretrain as train
+
+    config = compose(arguments.overrides)
+    numbers = {key: config[key] for key in ("media", "frames", "network", "codec", "text", "prompts", "pretrain")}
+    inputs = [path for path in (arguments.init, arguments.codec) if path is not None]
+    outputs, seed = (arguments.out, arguments.codec_out), config["pretrain"]["seed"]
+    with recording(*outputs, stage="pretrain", inputs=inputs, config=numbers, seed=seed):
+        decoder, encoder = rcm.codecs.build(config["codec"]), rcm.text.build(config["text"])
+        if arguments.codec is not None:
+            load_into(decoder, load_pth(arguments.codec), str(arguments.codec))
+        scenes = draw_world(config, decoder, encoder)
+        save_pth(arguments.codec_out, decoder.state_dict())
+        torch.manual_seed(seed)
+        teacher = rcm.networks.build(config["network"])
+        if arguments.init is not None:
+            load_into(teacher, load_pth(arguments.init), str(arguments.init))
+        train(config, teacher, scenes, resume_dir=arguments.resume, metrics_path=arguments.resume / "metrics.jsonl")
+        save_pth(arguments.out, teacher.state_dict())
+        with atomic_file(beside(arguments.out, ".metrics.jsonl")) as path:
+            shutil.copyfile(arguments.resume / "metrics.jsonl", path)
+    remove_states(arguments.resume)
 
 
 def distill(arguments: Namespace) -> None:
     """Distil a teacher on the synthetic data, from where an earlier call was stopped."""
     from rcm.training.distill import Settings
     from rcm.training.distill import distill as train
-    from rcm.training.state import remove_states
 
     config = compose(arguments.overrides)
     numbers = {key: config[key] for key in ("network", "text", "objective", "distillation")}
     inputs = [arguments.teacher, *arguments.data]
-    with recording(arguments.out, stage="distill", inputs=inputs, config=numbers, seed=config["seed"]) as facts:
+    outputs, seed = (arguments.out, arguments.previews), config["seed"]  # metrics hold times, so they have no identity
+    with recording(*outputs, stage="distill", inputs=inputs, config=numbers, seed=seed) as facts:
         data = read_shards(arguments.data)
         if data.samples[0].latents_CTHW.shape != latent_shape(config):
             raise UserError(
