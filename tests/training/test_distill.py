@@ -14,6 +14,7 @@ from torch import nn
 
 from rcm import networks
 from rcm.artefact import UserError
+from rcm.cli.config import compose
 from rcm.data.shards import LatentDataset, Sample
 from rcm.training import distill as loop
 from rcm.training.distill import EXIT_INTERRUPTED, Batches, Learner, Settings, distill
@@ -60,6 +61,7 @@ def configuration(name="rcm", **changes):
         "lr_decay": "cosine",
         "beta2": 0.999,
         "weight_decay": 0.01,
+        "eps": 1e-8,
         "ema": 0.1,
         "state_every": 4,
         "preview_every": 3,
@@ -171,7 +173,13 @@ if __name__ == "__main__":  # a run in a process of its own, which dies as told:
     run(Path(place), configuration(), advance=Killer(int(number), signal.SIGKILL) if where == "step" else None)
 
 
-@pytest.mark.parametrize("deaths", [[("step", 11)], [("step", 2), ("save", 2)]], ids=str)
+@pytest.mark.parametrize(
+    "deaths",
+    [
+        pytest.param([("step", 11)], id="once"),
+        pytest.param([("step", 2), ("save", 2)], id="twice", marks=pytest.mark.slow),
+    ],
+)
 def test_kill_9_at_any_step_changes_no_bit(whole, tmp_path, deaths):
     source = Path(loop.__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": f"{source}:{source.parent / 'kernels'}", "OMP_NUM_THREADS": "1"}
@@ -296,6 +304,21 @@ def test_positions_share_the_global_batch_out():
 def test_impossible_settings_are_one_sentence(name, changes, message):
     with pytest.raises(UserError, match=message):
         Settings.of(configuration(name, **changes))
+
+
+@pytest.mark.parametrize("experiment", ["tiny-images", "tiny-clips"])
+def test_the_shipped_configurations_sit_at_the_balance_of_the_paper(experiment):
+    updates = set()
+    for name in OBJECTIVES:
+        config = compose([f"experiment={experiment}", f"objective={name}"])
+        settings = Settings.of(config)
+        assert settings.name == name
+        updates.add(settings.student_updates)
+        if name == "rcm":
+            latent_frames = 1 + (config["frames"] - 1) // config["codec"]["stride"]
+            elements = config["codec"]["channels"] * latent_frames * 3 * 3
+            assert 5 <= settings.dmd_weight / settings.scm_weight * math.sqrt(elements) <= 14.2
+    assert len(updates) == 1  # methods are compared at equal student updates
 
 
 def test_name_and_weights_must_agree():

@@ -24,8 +24,7 @@ from rcm import randomness
 from rcm.artefact import UserError, atomic_file
 from rcm.data.shards import LatentDataset, batch_indices
 from rcm.flow import Wrapped, time_distribution
-from rcm.objectives.dmd import Rollout, critic_loss, dmd_loss, rollout_times
-from rcm.objectives.scm import scm_loss
+from rcm.objectives import Rollout, balance, critic_loss, dmd_loss, rollout_times, scm_loss
 
 from .ema import PowerEMA
 from .metrics import MetricsLog
@@ -65,6 +64,7 @@ class Settings:
     lr_decay: str  # constant, or cosine to zero at the end
     beta2: float  # beta1 is 0
     weight_decay: float
+    eps: float
     ema: float  # length of the power-function EMA: standard deviation of its profile, as a share of the training
     # what does not change the result
     state_every: int  # iterations between states to resume from
@@ -120,10 +120,12 @@ class Learner:
         self.network, self.wrapped = network, Wrapped(network)
         self.peak, self.total, self.settings = peak, updates, settings
         self.updates = 0
+        self.parameters = list(network.parameters())
         self.optimizer = torch.optim.AdamW(
-            network.parameters(),
+            self.parameters,
             lr=peak,
             betas=(0.0, settings.beta2),
+            eps=settings.eps,
             weight_decay=settings.weight_decay,
             fused=True,
         )
@@ -131,7 +133,7 @@ class Learner:
     def update(self) -> dict[str, float]:
         """Take a step along the gradients that are there, and forget them. No clipping; what is not finite is 0."""
         s = self.settings
-        gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm, faulty = torch.nn.utils.get_total_norm(gradients).item(), 0
         if not math.isfinite(norm):
             faulty = int(sum((~g.isfinite()).sum() for g in gradients))
@@ -240,7 +242,7 @@ class Distillation:
             (s.dmd_weight * loss).backward()
             row |= {"dmd_loss": loss, **figures}
             if s.scm_weight > 0:
-                row["balance"] = s.dmd_weight / s.scm_weight * math.sqrt(latents[0].numel())
+                row["balance"] = balance(s.dmd_weight / s.scm_weight, latents[0].numel())
         row |= self.student.update()
         self.ema.step(self.student.updates)
         return row

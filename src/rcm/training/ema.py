@@ -29,8 +29,8 @@ class PowerEMA:
 
     def __init__(self, network: nn.Module, length: float):
         self.exponent = exponent(length)
-        self.network = network
-        self.average = {name: p.detach().clone() for name, p in network.named_parameters()}
+        self.parameters = dict(network.named_parameters())
+        self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
 
     def decay(self, update: int) -> float:
         return (1 - 1 / (update + 1)) ** (self.exponent + 1)
@@ -38,24 +38,24 @@ class PowerEMA:
     @torch.no_grad()
     def step(self, update: int) -> None:
         """Take in the weights after update number `update`, counted from 1."""
-        torch._foreach_lerp_(list(self.average.values()), list(self.network.parameters()), 1 - self.decay(update))
+        torch._foreach_lerp_(list(self.average.values()), list(self.parameters.values()), 1 - self.decay(update))
 
     @torch.no_grad()
     def copy_to_network(self) -> None:
         """Give the network the averaged weights."""
-        for name, parameter in self.network.named_parameters():
+        for name, parameter in self.parameters.items():
             parameter.copy_(self.average[name])
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """The network carries the averaged weights inside the `with` block, its own again behind it."""
-        own = [p.detach().clone() for p in self.network.parameters()]
+        own = [p.detach().clone() for p in self.parameters.values()]
         self.copy_to_network()
         try:
             yield
         finally:
             with torch.no_grad():
-                for parameter, value in zip(self.network.parameters(), own, strict=True):
+                for parameter, value in zip(self.parameters.values(), own, strict=True):
                     parameter.copy_(value)
 
     def state_dict(self) -> dict[str, Tensor]:

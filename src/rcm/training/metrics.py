@@ -23,7 +23,7 @@ class MetricsLog:
         keep = _bytes_up_to(path, step)
         self._file = path.open("ab")
         self._file.truncate(keep)
-        self._wandb = None if wandb == "disabled" else _wandb_run(wandb, path.parent, config)
+        self._wandb = None if wandb == "disabled" else _wandb_run(wandb, config)
 
     def write(self, step: int, row: Mapping[str, Any]) -> None:
         """Append the row of a step; figures that are not finite become null."""
@@ -66,8 +66,8 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _wandb_run(mode: str, folder: Path, config: Mapping[str, Any] | None) -> Any:
-    """A wandb run that never asks for a key."""
+def _wandb_run(mode: str, config: Mapping[str, Any] | None) -> Any:
+    """A wandb run, kept in ./wandb or WANDB_DIR, that never asks for a key."""
     try:
         import wandb
     except ImportError:
@@ -75,7 +75,7 @@ def _wandb_run(mode: str, folder: Path, config: Mapping[str, Any] | None) -> Any
     if mode == "online" and not _has_wandb_key():
         raise UserError("no key for wandb: run `wandb login`, set WANDB_API_KEY, or set distillation.wandb=offline")
     chosen: Any = mode
-    return wandb.init(project="rcm", dir=folder, mode=chosen, config=dict(config or {}))
+    return wandb.init(project="rcm", mode=chosen, config=dict(config or {}))
 
 
 def _has_wandb_key() -> bool:
