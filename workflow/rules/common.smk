@@ -11,28 +11,26 @@ try:
     from rcm.cli.config import compose, options, read_schema, validate
     from rcm.cli.sources import code_digest
 except ImportError as error:
-    raise WorkflowError(
-        f"{error}: this project is not installed for {sys.executable}; use .venv/bin/snakemake after `make setup`"
-    ) from None
+    sys.exit(
+        f"snakemake: error: {error}: {sys.executable} lacks this project; use .venv/bin/snakemake after `make setup`"
+    )
 
 # every rule calls the interpreter that runs Snakemake
 shell.prefix(f"export PATH={shlex.quote(os.path.dirname(sys.executable))}:$PATH; ")
 
 
-def checked(function, *arguments):
-    """Call a function; a user's mistake is one sentence without a traceback."""
-    try:
-        return function(*arguments)
-    except UserError as mistake:
-        raise WorkflowError(str(mistake)) from None
+def plain(value):
+    """The configuration with the numbers in lists of the command line, which Snakemake takes for texts, as numbers."""
+    if isinstance(value, dict):
+        return {key: plain(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
 def check_pipeline():
     """Check config/pipeline.yaml with what the command line changed in it."""
-    schema = read_schema(
-        Path(workflow.current_basedir.get_path_or_uri(secret_free=True)) / "../schemas/pipeline.schema.json"
-    )
-    validate(config, schema)
+    validate(config, read_schema(Path(workflow.source_path("../schemas/pipeline.schema.json"))))
     scales = sorted({name.rpartition("-")[0] for name in options("experiment")})
     if config["scale"] not in scales:
         raise UserError(
@@ -49,14 +47,30 @@ def check_pipeline():
             )
 
 
-checked(check_pipeline)
-SCALE = config["scale"]
-
-
 @cache
 def tree(*words):
     """The composed configuration."""
-    return checked(compose, words)
+    return compose(words)
+
+
+def check_steps():
+    """Every number of steps needs its sampler times; composes the trees, so that a mistake there shows at once."""
+    for media in ("images", "clips"):
+        times = 1 + len(tree(f"experiment={config['scale']}-{media}", *config["overrides"])["sampler"]["mid_times"])
+        if max(config["steps"]) > times:
+            raise UserError(
+                f"configuration key 'steps' is {config['steps']}; allowed: up to {times} steps for {media}, "
+                "one more than sampler.mid_times has entries"
+            )
+
+
+config.update(plain(config))
+try:
+    check_pipeline()
+    check_steps()
+except UserError as mistake:
+    sys.exit(f"snakemake: error: {mistake}")  # where WorkflowError would add the lines of this file
+SCALE = config["scale"]
 
 
 def part(node, key):
@@ -112,7 +126,7 @@ def overrides(stage):
         others = [other for other in config["overrides"] if other != word]
         try:
             return values(stage, wildcards, others) != values(stage, wildcards, config["overrides"])
-        except WorkflowError:  # the others need this one
+        except UserError:  # the others need this one
             return True
 
     return lambda wildcards: shlex.join(

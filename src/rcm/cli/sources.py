@@ -1,7 +1,7 @@
 """Which source code a stage runs, so that Snakemake makes its outputs again when that code changes, and only then.
 
 Found by following imports in the syntax tree, from the stage's function on. Comments, formatting and docstrings do not
-count, nor do the modules of SILENT, which cannot change a number. Imports nothing but the standard library.
+count, nor do the modules of SILENT, which cannot change a number; templates beside a module do. Imports nothing heavy.
 """
 
 import ast
@@ -31,6 +31,7 @@ def code_digest(stage: str) -> str:
         modules.add(name)
         queue += _imports(_tree(name), name)
     parts += [f"{name}\n{_text(_tree(name))}" for name in sorted(modules)]
+    parts += [path.read_text(encoding="utf-8") for path in sorted(set().union(*map(_data, modules)))]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -109,6 +110,12 @@ def _path(module: str) -> Path | None:
             if path.is_file() and (rest or path.name == "__init__.py"):
                 return path
     return None
+
+
+def _data(module: str) -> set[Path]:
+    """Files beside a module that are no code, such as templates."""
+    path = _path(module)
+    return {file for file in path.parent.iterdir() if file.is_file() and file.suffix != ".py"} if path else set()
 
 
 _Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef

@@ -1,0 +1,104 @@
+"""Mistakes in the configuration: one sentence that names the key, what was given and what is allowed."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rcm.artefact import UserError
+from rcm.cli.config import compose, config_dir, options, read_schema, validate
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("experiment", options("experiment"))
+@pytest.mark.parametrize("objective", options("objective"))
+def test_every_experiment_composes_with_every_objective(experiment: str, objective: str) -> None:
+    tree = compose([f"experiment={experiment}", f"objective={objective}", "seed=3"])
+    assert (tree["seed"], tree["objective"]["name"]) == (3, objective)
+    assert tree["media"] in experiment
+    json.dumps(tree)  # plain values, everything resolved
+
+
+def test_clips_differ_from_images_in_what_their_file_says() -> None:
+    images, clips = compose(), compose(["experiment=tiny-clips"])
+    assert (images["frames"], clips["frames"]) == (1, 9)
+    assert images["codec"] == clips["codec"]
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("teacher.gidance=3", ("teacher.gidance", "3", "teacher.steps", "did you mean 'teacher.guidance'")),
+        ("+teacher.extra=3", ("teacher.extra", "3", "teacher.guidance")),
+        ("~teacher.steps", ("teacher.steps", "missing")),
+        ("teacher.steps=many", ("teacher.steps", '"many"', "an integer of at least 1")),
+        ("teacher.steps=2.5", ("teacher.steps", "2.5", "an integer of at least 1")),
+        ("seed=1e3", ("seed", "1000.0", "an integer")),
+        ("distillation.batch=0", ("distillation.batch", "0", "at least 1")),
+        ("distillation.ema=1.0", ("distillation.ema", "1.0", "above 0 and below 1")),
+        ("experiment=tiny-image", ("experiment", '"tiny-image"', "tiny-images", "did you mean")),
+        ("objective=rmc", ("objective", '"rmc"', "dmd, rcm, scm")),
+        ("suite=reprot", ("suite", '"reprot"', "did you mean 'report'")),
+        ("distillation.lr_decay=cosin", ("distillation.lr_decay", "constant, cosine")),
+        ("network.patch=[1,1]", ("network.patch", "[1, 1]", "length")),
+        ("network.heads=5", ("network.width", "network.heads")),
+        ("network.in_channels=16", ("network.in_channels", "16", "codec.channels")),
+        ("frames=4", ("frames", "4", "1 for images")),
+        ("sampler.mid_times=[1,2]", ("sampler.mid_times", "[1, 2]", "fall")),
+        ("sampler.mid_times=[1.57]", ("sampler.mid_times", "1.57", "sampler.sigma_max")),
+        ("teacher.guidance.scale=1", ("teacher.guidance.scale", "no keys below")),
+        ("teacher", ("teacher",)),
+        ("frames=${nothing}", ("nothing",)),
+    ],
+)
+def test_a_mistake_is_one_sentence(override: str, words: tuple[str, ...]) -> None:
+    with pytest.raises(UserError) as error:
+        compose([override])
+    message = str(error.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_config_dir_can_be_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RCM_CONFIG_DIR", str(tmp_path))
+    with pytest.raises(UserError, match="RCM_CONFIG_DIR"):
+        config_dir()
+
+
+def pipeline() -> dict:
+    return yaml.safe_load((ROOT / "config/pipeline.yaml").read_text(encoding="utf-8"))
+
+
+def pipeline_schema() -> dict:
+    return read_schema(ROOT / "workflow/schemas/pipeline.schema.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"foo": 1}, ("'foo'", "1", "unknown", "scale")),
+        ({"step": [1]}, ("'step'", "did you mean 'steps'")),
+        ({"clips": "most"}, ("'clips'", '"most"', "rcm, all")),
+        ({"methods": ["scm", "gan"]}, ("'methods.1'", '"gan"', "scm, dmd, rcm")),
+        ({"methods": []}, ("'methods'", "[]", "at least 1")),
+        ({"steps": [0]}, ("'steps.0'", "0", "at least 1")),
+        ({"steps": 4}, ("'steps'", "4", "a list")),
+        ({"seeds": [0, 0]}, ("'seeds'", "all different")),
+        ({"scatter": {"synthesize": 2, "report": 2}}, ("'scatter.diversity'", "missing")),
+    ],
+)
+def test_a_mistake_in_the_pipeline_is_one_sentence(change: dict, words: tuple[str, ...]) -> None:
+    validate(pipeline(), pipeline_schema())
+    with pytest.raises(UserError) as error:
+        validate(pipeline() | change, pipeline_schema())
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_every_key_of_the_pipeline_is_documented() -> None:
+    text = (ROOT / "config/README.md").read_text(encoding="utf-8")
+    missing = [key for key in pipeline_schema()["properties"] if f"`{key}`" not in text]
+    assert not missing

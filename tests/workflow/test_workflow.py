@@ -1,0 +1,122 @@
+"""The workflow as a user calls it: which jobs there are, what runs again after which change, and how it complains."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RULES = {
+    *("download_transformer", "download_codec", "convert", "prompts", "synthesize", "distill", "export"),
+    *("sample_student", "sample_teacher", "sample_control", "evaluate", "table1", "table2"),
+    *("figure_samples", "figure_quality_diversity", "figure_training", "report", "all"),
+}
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what a workflow needs, without results."""
+    folder = tmp_path_factory.mktemp("workflow")
+    for name in ("Snakefile", "workflow", "config", "src", "kernels"):
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+        else:
+            shutil.copy(source, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def snakemake(copy: Path) -> Run:
+    """Call Snakemake in the copy, with the copy's own library."""
+    path = os.pathsep.join([str(copy / "src"), str(copy / "kernels")])
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
+
+    def call(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "snakemake", *words]
+        return subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=120)
+
+    return call
+
+
+def jobs(run: subprocess.CompletedProcess[str]) -> dict[str, int]:
+    """Number of jobs by rule, from the last table of a dry run."""
+    assert run.returncode == 0, run.stdout + run.stderr
+    tables = re.findall(r"^job +count\n-[- ]+\n((?:\w+ +\d+\n)+)", run.stdout + run.stderr, re.MULTILINE)
+    return {name: int(count) for name, count in re.findall(r"(\w+) +(\d+)", tables[-1])} if tables else {}
+
+
+def test_default_target_lists_every_rule(snakemake: Run) -> None:
+    found = jobs(snakemake("-n"))
+    assert set(found) - {"total"} == RULES
+    # three methods for images, rCM for clips; at three steps each, report in two parts and diversity in one
+    assert (found["distill"], found["export"], found["sample_student"]) == (4, 4, 4 * 3 * 3)
+    # teacher and three controls beside the students, for two media
+    assert found["evaluate"] == 4 * 3 + 2 * 4
+    assert found["synthesize"] == 4
+
+
+def test_all_methods_for_clips(snakemake: Run) -> None:
+    assert jobs(snakemake("-n", "--config", "clips=all", "seeds=[0, 1]"))["distill"] == 12
+
+
+def test_one_target_needs_its_own_jobs_only(snakemake: Run) -> None:
+    found = jobs(snakemake("-n", "table2", "pretrain"))
+    assert found["distill"] == 1
+    assert found["pretrain_teacher"] == 2
+    assert not {"table1", "report", "figure_samples"} & set(found)
+
+
+def test_lint(snakemake: Run) -> None:
+    run = snakemake("--lint")
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("foo=1",), r"configuration key 'foo' \(given: 1\) is unknown; allowed: scale, methods"),
+        (("scale=cosmos",), r"configuration key 'scale' is \"cosmos\"; allowed: the scales .*tiny"),
+        (("overrides=[teacher.step=3]",), r"'teacher.step' .* did you mean 'teacher.steps'"),
+        (("steps=[8]",), r"configuration key 'steps' is \[8\]; .*sampler.mid_times"),
+    ],
+)
+def test_a_mistake_is_one_sentence(snakemake: Run, words: tuple[str, ...], message: str) -> None:
+    run = snakemake("-n", "--config", *words)
+    output = run.stdout + run.stderr
+    assert run.returncode == 1
+    assert re.search(message, output), output
+    assert "Traceback" not in output
+
+
+def test_a_job_runs_again_when_its_numbers_or_its_code_change(snakemake: Run, copy: Path) -> None:
+    made = ["data/tiny/images/prompts/report.jsonl", "data/tiny/images/prompts/train.jsonl"]
+    run = snakemake("-c1", *made)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+    def again(*words: str) -> str:
+        run = snakemake("-n", *made, *words)
+        assert run.returncode == 0, run.stdout + run.stderr
+        output = run.stdout + run.stderr
+        return " ".join(sorted(set(re.findall(r"Draw the prompts `(\w+)`", output)))) or (
+            "nothing" if "Nothing to be done" in output else output
+        )
+
+    # only what a stage reads counts, and only for the job that reads it
+    assert again("--config", "overrides=[teacher.steps=3, suites.report.samples=2]") == "report"
+    assert again("--config", "overrides=[distillation.batch=8, text.width=32]") == "nothing"
+
+    used, unused = copy / "src/rcm/data/prompts.py", copy / "src/rcm/codecs/cells.py"
+    text = used.read_text(encoding="utf-8")
+    used.write_text(text.replace('"""Captions', '"""Other words\n\nCaptions', 1) + "\n# a comment\n", encoding="utf-8")
+    unused.write_text(unused.read_text(encoding="utf-8") + "\nEXTRA = 1\n", encoding="utf-8")
+    assert again() == "nothing"
+    used.write_text(text.replace('"zero", "one"', '"none", "one"', 1), encoding="utf-8")
+    assert again() == "report train"
