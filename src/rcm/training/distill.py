@@ -220,7 +220,7 @@ class Distillation:
         self.settings, self.schedule, self.batches = settings, schedule, batches
         self.teacher = Wrapped(teacher.requires_grad_(False))
         self.student = Learner(student, settings.student_lr, settings.student_updates, settings)
-        self.critic = Learner(fake, settings.critic_lr, schedule.critic_updates, settings) if fake else None
+        self.critic = Learner(fake, settings.critic_lr, schedule.critic_updates, settings) if fake is not None else None
         self.ema = PowerEMA(student, settings.ema)
 
     def step(self, iteration: int) -> dict[str, Any]:
