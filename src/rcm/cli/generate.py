@@ -30,8 +30,6 @@ def generate(arguments: Namespace) -> None:
     model = student(arguments.checkpoint)
     model.times(arguments.steps)
     decoder = codec(model.settings["codec"], arguments.codec)
-    for remark in remarks(prompt, model.encoder):
-        print(f"rcm generate: note: {remark}", file=sys.stderr)
     latents = model.sample(model.encoder.encode([prompt]), [(0, 0)], steps=arguments.steps, seed=arguments.seed)
     frames = to_pixels(decoder.decode(latents))[0]
     shown = frames if suffix == ".npy" else enlarged(frames)
@@ -43,6 +41,8 @@ def generate(arguments: Namespace) -> None:
         f"wrote {arguments.out}: {f'{count} frames of ' if count > 1 else ''}{width} x {height} pixels"
         + (f", enlarged {factor} times" if factor > 1 else "")
     )
+    for remark in remarks(prompt, model.encoder):
+        print(f"rcm generate: note: {remark}", file=sys.stderr)
 
 
 def checked_prompt(prompt: str) -> str:

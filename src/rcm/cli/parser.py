@@ -294,17 +294,31 @@ def parse(name: str, argv: list[str]) -> argparse.Namespace:
 
     Overrides may stand before, between or after options. The value of `--prompt` may begin with a dash.
     """
-    parser = build(name)
-    known = {option.name for option in STAGES[name].options}
-    joined: list[str] = []
-    for token in argv:
-        follows_prompt = bool(joined) and joined[-1] == "--prompt" and "--prompt" in known
-        if follows_prompt and token.split("=")[0] not in known:
-            joined[-1] = f"--prompt={token}"
-        else:
-            joined.append(token)
-    arguments = parser.parse_intermixed_args(joined)
+    words, prompt = _without_prompt(argv, {option.name for option in STAGES[name].options})
+    arguments = build(name).parse_intermixed_args(words)
+    if prompt is not None:
+        arguments.prompt = prompt
     for override in getattr(arguments, "overrides", []):
         if "=" not in override and not override.startswith("~"):
             raise UserError(f"{override!r} is neither an option nor a key=value (see `rcm {name} --help`)")
     return arguments
+
+
+def _without_prompt(argv: list[str], options: set[str]) -> tuple[list[str], str | None]:
+    """Put a harmless word in place of the value of `--prompt`, for which argparse has rules of its own."""
+    if "--prompt" not in options:
+        return argv, None
+    words: list[str] = []
+    prompt = None
+    rest = iter(argv)
+    for word in rest:
+        option, separator, value = word.partition("=")
+        if option == "--prompt" and not separator:
+            value = next(rest, "--out")
+            if value.partition("=")[0] in options:  # the prompt was forgotten
+                words += ["--prompt", value]
+                continue
+        if option == "--prompt":
+            word, prompt = "--prompt=given", value
+        words.append(word)
+    return words, prompt

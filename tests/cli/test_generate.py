@@ -1,0 +1,91 @@
+"""`rcm generate`: any prompt, four formats."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageSequence
+
+from .conftest import Mini, Run
+
+HOSTILE = {
+    "empty": "",
+    "blank": "  \t ",
+    "long": "circle " * 1_430,
+    "one long word": "x" * 10_000,
+    "emoji": "a photo of a 🔴 and a 🟦 👩‍👩‍👧",
+    "slashes": "../../etc/passwd \\\\server\\share C:\\x",
+    "newlines": "a photo\nof a\r\nred circle\x0b\x00",
+    "leading dash": "-x",
+    "braces and quotes": "{prompts} ${seed} $(id) `id` 'a' \"b\" %s",
+    "right to left": "صورة دائرة حمراء \u202e",
+    "combining": "a\u0301" * 50,
+    "html": "<script>alert(1)</script>",
+}
+
+
+@pytest.mark.parametrize("prompt", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_prompts(prompt: str, mini: Mini, run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "out.npy"
+    said = run("generate", "--prompt", prompt, "--checkpoint", mini.student, "--codec", mini.codec, "--out", out)
+    frames = np.load(out)
+    assert frames.shape == (1, 48, 48, 3) and frames.dtype == np.uint8
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.npy"]
+    assert all(line.startswith("rcm generate: note: ") and len(line) < 300 for line in said.splitlines())
+
+
+def test_bytes_that_are_no_text(mini: Mini, fail: Run, tmp_path: Path) -> None:
+    prompt = b"a \xff circle".decode("utf-8", "surrogateescape")  # as Python gets it from the shell
+    out = tmp_path / "x.png"
+    said = fail("generate", "--prompt", prompt, "--checkpoint", mini.student, "--codec", mini.codec, "--out", out)
+    assert "not valid UTF-8" in said
+
+
+@pytest.mark.parametrize(
+    ("prompt", "note"),
+    [
+        ("a photo of a red circle", ""),
+        ("a photo of three stars", ""),
+        ("", "has no words"),
+        ("🔴", "has no words"),
+        ("a corgi on a skateboard", "knows only shapes (circle, square, triangle, star, cross) and colours (red,"),
+        ("red " * 2_500, "only its first"),
+    ],
+)
+def test_notes(prompt: str, note: str, mini: Mini, run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "x.png"
+    said = run("generate", "--prompt", prompt, "--checkpoint", mini.student, "--codec", mini.codec, "--out", out)
+    assert note in said and bool(said) == bool(note)
+
+
+def test_the_output_follows_from_prompt_and_seed(mini: Mini, run: Run, tmp_path: Path) -> None:
+    def made(prompt: str, seed: int) -> np.ndarray:
+        paths = "--checkpoint", mini.student, "--codec", mini.codec, "--out", tmp_path / "x.npy"
+        run("generate", "--prompt", prompt, "--seed", seed, *paths)
+        return np.load(tmp_path / "x.npy")
+
+    red = made("a red circle", 0)
+    assert np.array_equal(red, made("a red circle", 0))
+    assert not np.array_equal(red, made("a red circle", 1))
+    assert not np.array_equal(red, made("a blue star", 0))
+
+
+@pytest.mark.parametrize("suffix", [".png", ".gif", ".mp4", ".npy", ".PNG"])
+@pytest.mark.parametrize(("kind", "count"), [("student", 1), ("clips", 9)])
+def test_formats(suffix: str, kind: str, count: int, mini: Mini, run: Run, tmp_path: Path) -> None:
+    out = tmp_path / f"x{suffix}"
+    run(
+        "generate", "--prompt", "a red circle", "--checkpoint", getattr(mini, kind), "--codec", mini.codec, "--out", out
+    )
+    if suffix == ".npy":
+        assert np.load(out).shape == (count, 48, 48, 3)
+    elif suffix == ".mp4":
+        import imageio_ffmpeg
+
+        reader = imageio_ffmpeg.read_frames(str(out))
+        assert next(reader)["size"] == (384, 384)
+        assert len(list(reader)) == count
+    else:
+        with Image.open(out) as image:
+            assert image.size == (384, 384)
+            assert len(list(ImageSequence.Iterator(image))) == count
