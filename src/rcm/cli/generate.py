@@ -27,6 +27,11 @@ def generate(arguments: Namespace) -> None:
     """Sample one picture or clip and write it in the format that the suffix names."""
     suffix = check_suffix(arguments.out)
     prompt = checked_prompt(arguments.prompt)
+    for path in (arguments.checkpoint, arguments.codec):
+        if not path.exists():
+            raise UserError(
+                f"{path} does not exist: run `make tables` first, or name another with --checkpoint and --codec"
+            )
     model = student(arguments.checkpoint)
     model.times(arguments.steps)
     decoder = codec(model.settings["codec"], arguments.codec)

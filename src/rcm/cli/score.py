@@ -37,5 +37,8 @@ def report(arguments: Namespace) -> None:
     from rcm.report.page import report_page
 
     config = compose(arguments.overrides)
-    with recording(arguments.out, stage="report", config={"folders": [folder.name for folder in arguments.results]}):
+    patterns = ("*/scores/*.json", "tables/*.csv", "figures/*.png")
+    found = {path for folder in arguments.results for pattern in patterns for path in folder.glob(pattern)}
+    shown = sorted(path for path in found if not path.name.endswith((".prov.json", ".run.json")))
+    with recording(arguments.out, stage="report", inputs=shown, config=config):
         write_text(arguments.out, report_page(arguments.results, config=config))
