@@ -155,3 +155,16 @@ def clip_samples(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     root = tmp_path_factory.mktemp("data") / "clips" / "samples"
     runs = [("rcm-0-4", 0.9), ("teacher-20", 1.0)]
     return [write_samples(root / name / "report" / "1-of-1", "clips", quality, per_task=1) for name, quality in runs]
+
+
+@pytest.fixture(scope="session")
+def metrics(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Metrics of three methods."""
+    root = tmp_path_factory.mktemp("training")
+    return [write_metrics(root / f"{method}-0" / "metrics.jsonl", method) for method in ("rcm", "scm", "dmd")]
+
+
+@pytest.fixture(scope="session")
+def sampled() -> Callable[..., Path]:
+    """`write_samples`, for tests that need samples of their own."""
+    return write_samples

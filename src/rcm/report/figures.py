@@ -142,7 +142,7 @@ class _Canvas:
         self.pixels[y : y + picture.shape[0], x : x + picture.shape[1]] = picture
 
     def text(self, x: float, y: float, text: str, **style: Any) -> None:
-        self.figure.text(x / self.width, 1 - y / self.height, text, **style)
+        self.figure.text(x / self.width, 1 - y / self.height, text, parse_math=False, **style)
 
     def rule(self, x0: float, x1: float, y: float) -> None:
         height = 1 - y / self.height

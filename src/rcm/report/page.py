@@ -44,7 +44,7 @@ def report_page(
     Args:
         folders: searched for what is there: `{media}/scores/*.json`, `tables/*.csv` and `figures/*.png` (as in
             `results/{scale}`), `clips/samples/{model}-{steps}/report/{part}/` (as in `data/{scale}`), and in any depth
-            `*.prov.json`, `*.run.json` and the `*.tsv` of Snakemake's benchmarks.
+            `*.prov.json`, `*.run.json` and Snakemake's `benchmarks/{stage}/*.tsv`.
         config: the composed configuration, shown as YAML.
         title: heading of the page.
     """
@@ -212,12 +212,11 @@ def _animated(clip: Any) -> bytes:
 def _times(folders: Sequence[Path], runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Jobs, seconds and peak memory by stage: from Snakemake's benchmarks, for stages without any from `.run.json`."""
     jobs: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    for path in _files(folders, "**/*.tsv"):
+    for path in _files(folders, "**/benchmarks/**/*.tsv"):
+        stage = path.stem if path.parent.name == "benchmarks" else path.parent.name
         for line in csv.DictReader(path.read_text(encoding="utf-8").splitlines(), delimiter="\t"):
-            stage = next((word for word in STAGES if any(word in part for part in path.parts[-4:])), path.stem)
-            if line.get("s") and "max_rss" in line:
-                memory = line["max_rss"]
-                jobs[stage].append((float(line["s"]), float(memory) if memory not in ("-", "NA", "") else 0.0))
+            memory = line.get("max_rss", "")  # "-" or "NA" for a job too short to be looked at
+            jobs[stage].append((float(line["s"]), float(memory) if memory[:1].isdecimal() else 0.0))
     seen = set()
     benchmarked = set(jobs)
     for run in runs:

@@ -9,7 +9,7 @@ import numpy as np
 Score = Mapping[str, Any]
 
 METHODS = {"teacher": "Teacher", "scm": "sCM", "dcm": "dCM", "dmd": "DMD", "dmd2": "DMD2", "rcm": "rCM"}
-CONTROLS = {"oracle": "Ground truth", "codec": "Ground truth through codec", "shuffled": "Render of another prompt"}
+CONTROLS = {"oracle": "Ground truth", "codec": "Ground truth, codec", "shuffled": "Another prompt"}
 LABELS = {
     "overall": "Overall",
     "single_object": "Single",
@@ -18,6 +18,8 @@ LABELS = {
     "colors": "Colours",
     "position": "Position",
     "color_attr": "Attributes",
+    "color_entropy": "Colour entropy",
+    "psnr": "PSNR",
 }
 RESAMPLES = 2000
 SEED = 43

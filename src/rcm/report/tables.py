@@ -74,7 +74,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class Panel:
-    """A table as a person reads it: groups of rows under one heading, the first `names` columns left-aligned."""
+    """A table as a person reads it: groups of rows, each under its heading; headings of columns may have several lines.
+
+    The first `names` columns say what a row is about.
+    """
 
     title: str
     caption: str
@@ -152,7 +155,7 @@ def _published(table: str, path: Path) -> list[Row]:
             raise UserError(f"the published table {path} lacks the column {missing[0]!r}")
         model = line["model"]
         known = {"teacher": f"{model} (teacher)", "dmd2": f"{model} + DMD2", "rcm": f"{model} + rCM"}
-        setting = ", ".join(filter(None, (line["params"], line.get("resolution", ""))))
+        setting = ", ".join(filter(None, (line["params"], line.get("resolution", "").replace("x", "×"))))
         steps = line["steps"] + ("×2" if line["guided"] == "1" else "")
         for metric, value in line.items():
             if metric not in _SETTING:
@@ -187,7 +190,8 @@ def panels(rows: Sequence[Row]) -> list[Panel]:
         lines.setdefault(line, {})[row.metric] = row
     own = {line: found for line, found in lines.items() if line[0] != "published"}
     subject = SUBJECTS[table]
-    families = list(dict.fromkeys(row.metric.partition(".")[0] for row in rows if row.block != "published"))
+    found = dict.fromkeys(row.metric.partition(".")[0] for row in rows if row.block != "published")
+    families = sorted(found, key=lambda family: family != "shapebench")  # otherwise in the order of the scores
     made = []
     if "shapeeval" in families:
         keys = ["shapeeval.overall", RELATIVE, *(f"shapeeval.{task}" for task in TASKS)]
@@ -242,10 +246,9 @@ def _by_metric(title: str, own: Mapping[Line, Mapping[str, Row]], keys: Sequence
     shown = [line for line in own if any(key in own[line] for key in keys)]
     heads = []
     for line in shown:
-        seed = (
-            f" (seed {line[2]})" if line[2] and line[2] != "mean" and _seeds(own) else " (mean)" * (line[2] == "mean")
-        )
-        heads.append(_names(line) + (f", {line[4]} step{'s' * (line[4] != '1')}" if line[4] else "") + seed)
+        steps = f"{line[4]} step{'s' * (line[4] != '1')}" if line[4] else ""
+        seed = f"{'' if line[2] == 'mean' else 'seed '}{line[2]}" if line[2] and _seeds(own) else ""
+        heads.append("\n".join(filter(None, (_names(line), steps, seed))))
     printed = []
     for key in keys:
         kind = next(found[key].kind for found in own.values() if key in found)
@@ -277,11 +280,11 @@ def _published_panel(table: str, lines: Mapping[Line, Mapping[str, Row]]) -> Pan
 def _protocol(rows: Sequence[Row]) -> str:
     row = next(row for row in rows if row.block != "published")
     each = int(row.n_samples) / max(1, int(row.n_prompts))
-    kinds = _kinds(rows, ["shapeeval.overall"])
+    kind = next((r.kind for r in rows if r.metric == "shapeeval.overall"), "").replace("_", " ") or "unnamed"
     return (
         f"GenEval's protocol in a world of coloured shapes: {row.n_prompts} prompts with {each:g} samples each, "
         f"the same initial noise for every model; overall is the mean of the six tasks. "
-        f"Brackets are 95 % bootstrap intervals over prompts. {kinds} "
+        f"Brackets are 95 % bootstrap intervals over prompts. Kind: {kind}. "
         f"Evaluator {row.evaluator or 'unnamed'}, prompts {row.prompts_sha256[:12] or 'unnamed'}."
     )
 
@@ -299,12 +302,13 @@ def to_markdown(name: str, made: Iterable[Panel]) -> str:
     """Panels as Markdown tables, padded so that they also read as plain text."""
     parts = [f"# {name.replace('table', 'Table ')}: {SUBJECTS[name]}"]
     for panel in made:
+        head = [title.replace("\n", ", ") for title in panel.head]
         grid = []
         for heading, printed in panel.groups:
             if len(panel.groups) > 1 and heading != panel.groups[0][0]:
                 grid.append([f"*{heading}*", *[""] * (len(panel.head) - 1)])
             grid += [[f"{cell.text} {cell.note}".strip().replace("|", "\\|") for cell in line] for line in printed]
-        widths = [max(len(line[i]) for line in [panel.head, *grid]) for i in range(len(panel.head))]
+        widths = [max(len(line[i]) for line in [head, *grid]) for i in range(len(head))]
         left = [i < panel.names for i in range(len(widths))]
         rule = ["-" * w if is_left else "-" * (w - 1) + ":" for w, is_left in zip(widths, left, strict=True)]
 
@@ -312,9 +316,7 @@ def to_markdown(name: str, made: Iterable[Panel]) -> str:
             padded = (c.ljust(w) if is_left else c.rjust(w) for c, w, is_left in zip(cells, widths, left, strict=True))
             return "| " + " | ".join(padded) + " |"
 
-        parts.append(
-            "\n".join([f"## {panel.title}", "", panel.caption, "", line(panel.head), line(rule), *map(line, grid)])
-        )
+        parts.append("\n".join([f"## {panel.title}", "", panel.caption, "", line(head), line(rule), *map(line, grid)]))
     return "\n\n".join(parts) + "\n"
 
 
@@ -327,6 +329,11 @@ _TEX |= {character: "\\" + character for character in "&%$#_{}"} | {
 
 def _tex(text: str) -> str:
     return re.sub(r"[\\×÷–λ≥&%$#_{}~^]", lambda match: _TEX[match.group()], text)
+
+
+def _tex_heading(text: str) -> str:
+    lines = r" \\ ".join(_tex(line) for line in text.split("\n"))
+    return rf"\shortstack[r]{{{lines}}}" if "\n" in text else lines
 
 
 def to_latex(name: str, made: Iterable[Panel]) -> str:
@@ -351,7 +358,7 @@ def to_latex(name: str, made: Iterable[Panel]) -> str:
                     r"\scriptsize\setlength{\tabcolsep}{3pt}",
                     rf"\begin{{tabular}}{{{columns}}}",
                     r"\toprule",
-                    " & ".join(map(_tex, panel.head)) + r" \\",
+                    " & ".join(map(_tex_heading, panel.head)) + r" \\",
                     *body,
                     r"\bottomrule",
                     r"\end{tabular}",

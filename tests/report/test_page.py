@@ -1,0 +1,198 @@
+"""The page is whole: it needs no network, embeds what it shows, and says what the files say."""
+
+import base64
+import hashlib
+import io
+import json
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from rcm.artefact import UserError
+from rcm.report.figures import figure_quality_diversity, figure_samples
+from rcm.report.page import report_page
+from rcm.report.scores import CONTROLS
+from rcm.report.tables import make_table
+
+VOID = {"meta", "img", "source", "br", "link"}
+HOSTILE = "a photo of <script>alert('&')</script> {{ 7 * 7 }}"
+
+
+class Reader(HTMLParser):
+    """Collects addresses, text and tags; fails where tags do not match."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.addresses: list[str] = []
+        self.ids: list[str] = []
+        self.words: list[str] = []
+        self.feed(page)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "poster")]
+        self.ids += [value or "" for name, value in attrs if name == "id"]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+def record(root: Path, path: str, stage: str, *inputs: str, seconds: float = 3.0) -> None:
+    """Provenance of an artefact whose content is named by its path."""
+    target = root / path
+    target.parent.mkdir(parents=True, exist_ok=True)
+
+    def sha(name: str) -> str:
+        return hashlib.sha256(name.encode()).hexdigest()
+
+    said = {"artefact": path, "sha256": sha(path), "stage": stage, "code_sha256": "c0de" * 16, "seed": 0}
+    said |= {"inputs": [{"path": name, "sha256": sha(name)} for name in inputs]}
+    target.with_name(target.name + ".prov.json").write_text(json.dumps(said))
+    run = {"artefact": path, "stage": stage, "started": "2025-01-01T00:00:00+00:00", "wall_seconds": seconds}
+    run |= {"peak_mib": 812.0, "host": {"system": "Linux", "cpu": "a processor", "cores": 2}, "versions": {}}
+    target.with_name(target.name + ".run.json").write_text(json.dumps(run))
+
+
+@pytest.fixture(scope="module")
+def tree(
+    tmp_path_factory: pytest.TempPathFactory,
+    scores: dict[str, list[dict[str, Any]]],
+    published: Path,
+    image_samples: list[Path],
+    sampled: Callable[..., Path],
+) -> Path:
+    """Results, data and logs as the workflow leaves them, small."""
+    root = tmp_path_factory.mktemp("tree")
+    results = root / "results"
+    for media, found in scores.items():
+        (results / media / "scores").mkdir(parents=True)
+        for score in found:
+            path = f"results/{media}/scores/{score['model']}-{score['steps']}.json"
+            (root / path).write_text(json.dumps(score))
+            record(root, path, "evaluate", f"data/{media}/samples/{score['model']}")
+            record(root, f"data/{media}/samples/{score['model']}", "sample", "data/student.safetensors")
+    record(root, "data/student.safetensors", "distill", "data/checkpoints/transformer.pth", seconds=300)
+    (results / "tables").mkdir()
+    for name, media in (("table1", "images"), ("table2", "clips")):
+        models = [s for s in scores[media] if s["model"] not in CONTROLS]
+        controls = [s for s in scores[media] if s["model"] in CONTROLS]
+        (results / "tables" / f"{name}.csv").write_text(make_table(name, models, controls, published)["csv"])
+    (results / "figures").mkdir()
+    (results / "figures" / "figure_samples.png").write_bytes(figure_samples(image_samples, prompts=2))
+    (results / "figures" / "figure_quality_diversity.png").write_bytes(figure_quality_diversity(scores["images"]))
+    for run in ("teacher-20", "rcm-0-4", "oracle-0"):
+        folder = sampled(root / "data/clips/samples" / run / "report/1-of-1", "clips", 1.0, per_task=1)
+        first = folder / "00000/metadata.jsonl"
+        first.write_text(json.dumps(json.loads(first.read_text()) | {"prompt": HOSTILE}) + "\n")
+    for part, seconds in (("1-of-2", 70.5), ("2-of-2", 71.5)):
+        path = root / f"logs/benchmarks/synthesize/images-{part}.tsv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"s\th:m:s\tmax_rss\tmax_vms\n{seconds}\t0:01:10\t901.5\t-\n")
+    return root
+
+
+def page_of(tree: Path) -> str:
+    return report_page(
+        [tree / "results", tree / "data", tree / "logs"], config={"seed": 0, "objective": {"name": "rcm"}}
+    )
+
+
+@pytest.fixture(scope="module")
+def page(tree: Path) -> str:
+    return page_of(tree)
+
+
+@pytest.fixture(scope="module")
+def read(page: str) -> Reader:
+    return Reader(page)
+
+
+def test_nothing_comes_from_outside(page: str, read: Reader) -> None:
+    assert all(address.startswith(("data:image/png;base64,", "#")) for address in read.addresses)
+    style = re.sub(r"data:[^\"]*", "", page)
+    assert not re.search(r"https?:|@import|url\(|<script|<link|<iframe", style)
+
+
+def test_every_anchor_leads_somewhere(read: Reader) -> None:
+    assert {address[1:] for address in read.addresses if address.startswith("#")} <= set(read.ids)
+    assert len(read.ids) == len(set(read.ids))
+
+
+def test_figures_are_embedded_as_they_are(tree: Path, read: Reader) -> None:
+    for path in (tree / "results/figures").glob("*.png"):
+        assert "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode() in read.addresses
+
+
+def test_clips_move_and_have_a_still_for_paper(read: Reader) -> None:
+    images = [Image.open(io.BytesIO(base64.b64decode(a.partition(",")[2]))) for a in read.addresses if "data:" in a]
+    counts = [getattr(image, "n_frames", 1) for image in images if image.size == (48, 48)]
+    assert max(counts) == 9
+    assert len(counts) == 2 * 6 * 2  # moving and still of six prompts and two models; the control is not shown
+
+
+def test_prompts_are_text(page: str, read: Reader) -> None:
+    assert HOSTILE in read.text
+    assert "<script>" not in page
+    assert "script" not in read.tags
+
+
+def test_numbers_are_those_of_the_files(tree: Path, read: Reader) -> None:
+    score = json.loads((tree / "results/images/scores/rcm-0-4.json").read_text())
+    entry = score["metrics"]["shapeeval.overall"]
+    assert f"{entry['value']:.3f} [{entry['low']:.3f}, {entry['high']:.3f}]" in read.text
+    assert "GenEval, as printed in Table 1 of the rCM paper" in read.text
+
+
+def test_findings_are_told(read: Reader) -> None:
+    assert "With four steps, rCM is more diverse than DMD." in read.text
+    assert re.search(r"(not )?shown|contradicted", read.text)
+
+
+def test_times_come_from_benchmarks_and_else_from_runs(read: Reader) -> None:
+    assert "synthesize 2 142.0 s 71.5 s 902" not in read.text  # more than two minutes are given in minutes
+    assert "synthesize 2 2.4 min 71.5 s 902" in read.text
+    assert "distill 1 5.0 min 5.0 min 812" in read.text
+    assert "2 cores of a processor" in read.text
+
+
+def test_each_score_is_followed_to_the_checkpoint(read: Reader) -> None:
+    chain = read.text.partition("images/scores/rcm-0-4.json from")[2]
+    checkpoint = hashlib.sha256(b"data/checkpoints/transformer.pth").hexdigest()[:12]
+    names = ["results/images/scores/rcm-0-4.json", "data/images/samples/rcm-0", "data/student.safetensors", checkpoint]
+    found = [chain.index(name) for name in names]
+    assert found == sorted(found)
+
+
+def test_same_files_same_page(tree: Path, page: str) -> None:
+    assert page_of(tree) == page
+
+
+def test_a_page_of_little_is_still_a_page(tmp_path: Path, tree: Path) -> None:
+    Reader(report_page([tmp_path]))
+    alone = tmp_path / "images" / "scores"
+    alone.mkdir(parents=True)
+    (alone / "rcm-0-4.json").write_text((tree / "results/images/scores/rcm-0-4.json").read_text())
+    assert "There are no scores" in Reader(report_page([tmp_path])).text
+
+
+def test_a_folder_that_is_none_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere"):
+        report_page([tmp_path / "nowhere"])
