@@ -76,7 +76,7 @@ def test_from_download_to_scores(mini: Mini, prompts: Path, run: Run, tmp_path: 
     samples = tmp_path / "samples" / "rcm-0-4" / "report" / "1-of-1"
     common = ("--codec", mini.codec, "--prompts", prompts, "--part", "1-of-1")
     run("sample", *SUITE, "--checkpoint", export, *common, "--steps", 4, "--out", samples)
-    scores, results = tmp_path / "scores.json", tmp_path / "results.jsonl"
+    scores, results = tmp_path / "rcm-0-4.json", tmp_path / "results.jsonl"
     run("evaluate", "--samples", samples, "--diversity", samples, "--out", scores, "--results", results)
     score = json.loads(scores.read_text())
     assert (score["model"], score["steps"], score["media"], score["n_samples"]) == ("rcm-0", 4, "images", 12)
@@ -155,6 +155,29 @@ def test_controls(mini: Mini, prompts: Path, run: Run, tmp_path: Path) -> None:
     assert score("shuffled") < 0.4
     oracle, codec = (pictures(tmp_path / control) for control in ("oracle", "codec"))
     assert np.mean([np.abs(oracle[name] - codec[name]).mean() for name in oracle]) < 8  # 24 components of few scenes
+
+
+def test_a_table_is_refused_where_the_controls_fail(run: Run, fail: Run, tmp_path: Path) -> None:
+    def score(model: str, value: float) -> Path:
+        overall = {"value": value, "low": value, "high": value, "n_prompts": 1, "kind": "substituted_model"}
+        path = tmp_path / f"{model}.json"
+        facts = {"model": model.rpartition("-")[0], "steps": int(model[-1]), "media": "images", "n_prompts": 1}
+        evaluator = {"version": "1", "prompts_sha256": "0" * 64}
+        numbers = {"metrics": {"shapeeval.overall": overall}, "per_prompt": {"shapeeval.overall": [value]}}
+        path.write_text(json.dumps({**facts, "n_samples": 1, **numbers, "evaluator": evaluator}))
+        return path
+
+    good, blind, lucky = score("oracle-0", 0.99), score("shuffled-0", 0.05), score("rcm-0-4", 0.8)
+    table = ("table", "--name", "table1", "--scores", lucky, "--out-dir", tmp_path / "tables")
+    table += ("--published", Path(__file__).parents[2] / "config/published/table1.csv", "--controls")
+    assert "lacks the scores of shuffled" in fail(*table, good)
+    assert "0.940" in fail(*table, score("oracle-0", 0.94), blind)
+    good = score("oracle-0", 0.99)
+    assert "0.110" in fail(*table, good, score("shuffled-0", 0.11))
+    assert not (tmp_path / "tables").exists()
+    run(*table, good, score("shuffled-0", 0.05))
+    assert {path.name for path in (tmp_path / "tables").glob("table1.???")} == {"table1.csv", "table1.tex"}
+    assert "0.80" in (tmp_path / "tables" / "table1.md").read_text()
 
 
 def test_clips(mini: Mini, run: Run, tmp_path: Path) -> None:

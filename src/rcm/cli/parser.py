@@ -159,7 +159,7 @@ STAGES: dict[str, Stage] = {
         (
             Option("--samples", "folders of samples of the report suite", repeat=True),
             Option("--diversity", "folders of samples of the diversity suite", required=False, repeat=True),
-            Option("--out", "the scores, FILE.json"),
+            Option("--out", "the scores, MODEL-STEPS.json such as rcm-0-4.json"),
             Option("--results", "one line a sample with the verdict and its reason, FILE.jsonl"),
         ),
         "rcm evaluate --samples samples/report/1-of-2 samples/report/2-of-2 --diversity samples/diversity/1-of-1 "
@@ -179,6 +179,7 @@ STAGES: dict[str, Stage] = {
         "rcm table --name table1 --scores results/tiny/images/scores/{teacher-20,rcm-0-4}.json "
         "--controls results/tiny/images/scores/{oracle,codec,shuffled}-0.json --published config/published/table1.csv "
         "--out-dir results/tiny/tables",
+        overrides="evaluation.oracle_at_least=SHARE  evaluation.floor_at_most=SHARE",
     ),
     "figure": Stage(
         "rcm.cli.score:figure",
