@@ -1,7 +1,7 @@
 """How far the detector of the tiny world can be trusted, and where the constants of its score come from.
 
-    python benchmarks/detector.py               # oracle, floor, noise and blur on scenes that nothing was tuned on
-    python benchmarks/detector.py --calibrate   # SLOPE and OFFSET of rcm.evaluation.shapes
+python benchmarks/detector.py               # oracle, floor, noise and blur on scenes that nothing was tuned on
+python benchmarks/detector.py --calibrate   # SLOPE and OFFSET of rcm.evaluation.shapes
 """
 
 import argparse
@@ -135,8 +135,10 @@ def table(seed: int, per_task: int, samples: int) -> None:
                 correct = [judge_caption(c, found[j])[0] for c, j in zip(captions, order, strict=True)]
                 floors.append(summarise(tags, correct))
             row("floor (shuffled)", {key: float(np.mean([f[key] for f in floors])) for key in floors[0]})
-            print(f"{'':22s}{took:.1f} ms an image; overall floor of single shuffles up to "
-                  f"{max(f['overall'] for f in floors):.3f}")
+            print(
+                f"{'':22s}{took:.1f} ms an image; overall floor of single shuffles up to "
+                f"{max(f['overall'] for f in floors):.3f}"
+            )
 
 
 if __name__ == "__main__":

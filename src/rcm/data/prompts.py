@@ -2,10 +2,10 @@
 
 A caption is one JSON object a line, as GenEval's `evaluation_metadata.jsonl` has it:
 
-    {"tag": ..., "include": [{"class", "count", "color"?, "position"?}], "exclude"?: [{"class", "count"}], "prompt": ...}
+    {"tag", "include": [{"class", "count", "color"?, "position"?}], "exclude"?: [{"class", "count"}], "prompt"}
 
-A caption of a clip adds `"motion": "left" | "right" | "up" | "down"`; without it the clip stands still. With
-`COCO`, seed 43 and n = 100 the generator gives the 553 prompts of GenEval (Ghosh et al., arXiv 2310.11513) byte by byte.
+A caption of a clip adds `"motion": "left" | "right" | "up" | "down"`; without it the clip stands still. With `COCO`,
+seed 43 and n = 100 the generator gives the 553 prompts of GenEval (Ghosh et al., arXiv 2310.11513) byte by byte.
 Prompts are data: nothing here or downstream uses one as a path, a pattern or a command.
 """
 
@@ -171,7 +171,9 @@ def as_clip(metadata: Metadata, motion: str | None) -> Metadata:
     return {**clip, "prompt": prompt}
 
 
-def _draw_motion(metadata: Metadata, still: float, rng: np.random.Generator, fits: Callable[[Metadata], bool]) -> Metadata:
+def _draw_motion(
+    metadata: Metadata, still: float, rng: np.random.Generator, fits: Callable[[Metadata], bool]
+) -> Metadata:
     """A clip of the caption: still with probability `still`, or in one of the directions that the world can show."""
     moving = [clip for clip in (as_clip(metadata, motion) for motion in MOTIONS) if fits(clip)]
     if not moving or rng.random() < still:
@@ -191,7 +193,8 @@ def evaluation_suite(
 ) -> list[Metadata]:
     """The first `per_task` distinct GenEval prompts of each task, fewer where the vocabulary has no more.
 
-    For clips a share `still` has no motion; `fits` says which motions the world can show.
+    For clips a share `still` has no motion, and a task with too few captions takes them again with other motions;
+    `fits` says which motions the world can show.
     """
     available = {task: len(captions) for task, captions in every_caption(vocabulary).items()}
     n = 4 * per_task
@@ -205,7 +208,13 @@ def evaluation_suite(
     if media == "images":
         return chosen
     rng = np.random.default_rng([seed, 1])
-    return [_draw_motion(item, still, rng, fits) for item in chosen]
+    clips: list[Metadata] = []
+    for task in tasks:
+        drawn = [_draw_motion(item, still, rng, fits) for item in by_task[task]]
+        for item in by_task[task] * (1 + len(MOTIONS)):
+            drawn.append(_draw_motion(item, still, rng, fits))
+        clips += list({_line(item): item for item in drawn}.values())[:per_task]
+    return clips
 
 
 def training_suite(
@@ -224,7 +233,9 @@ def training_suite(
     """
     unknown = set(weights) - set(TASKS)
     if unknown:
-        raise UserError(f"unknown task {sorted(unknown)[0]!r} in the weights of the training prompts: use {', '.join(TASKS)}")
+        raise UserError(
+            f"unknown task {sorted(unknown)[0]!r} in the weights of the training prompts: use {', '.join(TASKS)}"
+        )
     rng = np.random.default_rng([seed, 2])
     captions = every_caption(vocabulary)
     total = sum(weights.values())

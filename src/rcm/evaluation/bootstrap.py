@@ -30,7 +30,7 @@ def interval(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Estimate | None:
-    """Mean of the prompts' values and its percentile interval; None and NaN are left out, None is returned if none is left."""
+    """Mean of the prompts' values and its percentile interval; None and NaN are left out. None if nothing is left."""
     x = np.array([np.nan if value is None else value for value in values], dtype=float)
     names = np.zeros(len(x), int) if strata is None else np.unique(np.asarray(strata), return_inverse=True)[1]
     valid = ~np.isnan(x)

@@ -33,7 +33,10 @@ class Detection:
 class Detector(Protocol):
     """Finds objects; the result is neither filtered nor sorted."""
 
-    classes: tuple[str, ...]
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """What it can find."""
+        ...
 
     def detect(self, image: np.ndarray) -> list[Detection]:
         """Objects of an uint8 (H, W, 3) image."""

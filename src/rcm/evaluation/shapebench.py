@@ -1,7 +1,7 @@
 """ShapeBench: VBench's questions (Huang et al., arXiv 2311.17982) asked of clips of the tiny world.
 
 No weights are needed, so most answers are analogues; `KINDS` says of each dimension what it shares with VBench:
-`same_formula`, `substituted_model` (VBench's rule, but DIS flow for RAFT or the shape detector for GRiT), or `analogue`.
+`same_formula`, `substituted_model` (VBench's rule with DIS flow for RAFT or the shape detector for GRiT) or `analogue`.
 Aesthetic quality, human action, scene and the styles have no honest counterpart here and are left out. Raw values are
 reported, never VBench's normalised total. A dimension that does not apply to a clip is None.
 """
@@ -16,7 +16,6 @@ from typing import Any
 import cv2
 import numpy as np
 
-from rcm.data import world
 from rcm.evaluation.fidelity import MAX_PSNR, Fidelity, background, fidelity
 from rcm.evaluation.geneval import THRESHOLD, Detection, Detector, judge
 from rcm.evaluation.shapes import ShapeDetector, denoise, lab
@@ -139,7 +138,8 @@ def grey(frame: np.ndarray) -> np.ndarray:
 
 def dis_flow(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Dense inverse search flow (H, W, 2) from grey frame `a` to `b`."""
-    return cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM).calc(a, b, None)
+    flow = np.zeros((*a.shape, 2), np.float32)
+    return np.asarray(cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM).calc(a, b, flow))
 
 
 def top_flow(flow: np.ndarray, share: float) -> np.ndarray:
@@ -266,7 +266,7 @@ def color(clip: Clip, name: str, wanted: str) -> float | None:
 
 
 def spatial_relationship(clip: Clip, a: str, b: str, relation: str) -> float:
-    """VBench's rule, mean over frames: 1 if the right axis dominates and the boxes hardly overlap; the side is not checked."""
+    """VBench's rule, mean over frames: 1 if the right axis dominates and boxes hardly overlap; it ignores the side."""
 
     def of_frame(frame: Sequence[Detection]) -> float:
         pairs = [(x.box, y.box) for x in frame for y in frame if x is not y and (x.cls, y.cls) == (a, b)]

@@ -5,8 +5,8 @@ on what the networks are trained on. Its score is the probability that shape and
 
     score = sigmoid(SLOPE * z + OFFSET),   z = log((1.01 - other) / (1.01 - fit)) * clip((fit - .6) / .3, 0, 1),
 
-with the Tanimoto coefficients of contrast and template: fit of the best shape, other of the next. The constants come from
-`python benchmarks/detector.py --calibrate`.
+with the Tanimoto coefficients of contrast and template: fit of the best shape, other of the next. The constants come
+from `python benchmarks/detector.py --calibrate`.
 """
 
 from functools import cache

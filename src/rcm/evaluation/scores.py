@@ -1,0 +1,222 @@
+"""Scores of one model from its samples: ShapeEval, ShapeBench, fidelity and diversity, with intervals over prompts.
+
+Keys are FAMILY.MEASURE. `shapeeval.*` asks whether a sample shows its caption: an image by GenEval's decision; a clip
+if more than half of its frames pass that decision and it moves as the caption says. `shapeeval_frames.*` of clips
+leaves the motion out. `shapebench`, `fidelity`, `diversity`, `prior` and `pixels` are explained in their modules.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rcm.artefact import UserError
+from rcm.data.prompts import TASKS, Metadata, to_jsonl
+from rcm.evaluation import diversity, shapebench, shapes
+from rcm.evaluation.bootstrap import interval
+from rcm.evaluation.geneval import THRESHOLD, judge
+from rcm.evaluation.samples import PromptSamples, list_samples, read_frames
+from rcm.evaluation.shapebench import Clip
+
+VERSION = "1"  # of the evaluator as a whole: scores of different versions do not compare
+KINDS = {"shapeeval": "substituted_model", "shapeeval_frames": "substituted_model"}
+OVERALL = ("shapeeval", "shapeeval_frames")  # families with an overall score, the mean of the tasks' means
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`scores` as the score JSON wants them, and `results`, one object a sample of the report suite."""
+
+    scores: dict[str, Any]
+    results: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a sample shows its caption, with and without the motion of clips."""
+
+    correct: bool
+    frames_correct: bool
+    reason: str
+
+
+def verdict(clip: Clip, metadata: Metadata, media: str) -> Verdict:
+    """Judge one sample; the reason is that of the first frame that fails."""
+    judged = [judge(metadata, found) for found in clip.detections]
+    good = sum(ok for ok, _ in judged)
+    still_right = 2 * good > len(judged)
+    reasons = [] if still_right else [next(reason for ok, reason in judged if not ok)]
+    if media == "images":
+        return Verdict(still_right, still_right, "\n".join(reasons))
+    if not still_right:
+        reasons = [f"{len(judged) - good} of {len(judged)} frames fail: {reasons[0]}"]
+    moves = shapebench.motion(clip, metadata)
+    if not moves:
+        reasons.append(f"expected motion {metadata.get('motion', 'none')}")
+    return Verdict(still_right and moves, still_right, "\n".join(reasons))
+
+
+def evaluate(
+    samples: Sequence[str | Path],
+    diversity_samples: Sequence[str | Path] = (),
+    *,
+    media: str,
+    model: str,
+    steps: int,
+    resamples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Evaluation:
+    """Score a model.
+
+    Args:
+        samples: folders with the parts of the report suite, in GenEval's layout.
+        diversity_samples: folders with the parts of the diversity suite, if it was sampled.
+        media: images | clips.
+        model, steps: who made the samples; only passed on.
+        resamples, confidence, seed: of the bootstrap over prompts.
+    """
+    prompts = list_samples(samples)
+    results: list[dict[str, Any]] = []
+    rows = [_of_prompt(item, media, results) for item in prompts]
+    tags = [item.metadata["tag"] for item in prompts]
+    per_prompt: dict[str, list[Any]] = {"tag": tags, **_columns(rows)}
+    for family in OVERALL:
+        if f"{family}.overall" in per_prompt:
+            for task in [task for task in TASKS if task in tags]:
+                whole = per_prompt[f"{family}.overall"]
+                per_prompt[f"{family}.{task}"] = [
+                    x if tag == task else None for x, tag in zip(whole, tags, strict=True)
+                ]
+    evaluator: dict[str, Any] = {
+        "version": VERSION,
+        "detector": f"{shapes.ShapeDetector.__name__} {shapes.SLOPE} {shapes.OFFSET}",
+        "prompts_sha256": _sha256(prompts),
+        "bootstrap": {"resamples": resamples, "confidence": confidence, "seed": seed},
+    }
+    if diversity_samples:
+        others = list_samples(diversity_samples)
+        found = [_diversity(item, media, seed) for item in others]
+        per_prompt |= _columns([values for values, _ in found])
+        evaluator["diversity"] = {
+            "prompts_sha256": _sha256(others),
+            "samples": sum(len(item.paths) for item in others),
+            "satisfying": [count for _, count in found],
+            "minimum": diversity.MINIMUM,
+        }
+    metrics = {
+        key: _metric(key, values, tags, resamples=resamples, confidence=confidence, seed=seed)
+        for key, values in per_prompt.items()
+        if key != "tag"
+    }
+    scores = {
+        "model": model,
+        "steps": steps,
+        "media": media,
+        "n_prompts": len(prompts),
+        "n_samples": len(results),
+        "metrics": metrics,
+        "evaluator": evaluator,
+        "per_prompt": per_prompt,
+    }
+    return Evaluation(scores, results)
+
+
+def _sha256(prompts: Iterable[PromptSamples]) -> str:
+    return hashlib.sha256(to_jsonl(item.metadata for item in prompts).encode()).hexdigest()
+
+
+def _columns(rows: Sequence[Mapping[str, float | None]]) -> dict[str, list[float | None]]:
+    return {key: [row[key] for row in rows] for key in rows[0]}
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    found = [value for value in values if value is not None]
+    return float(np.mean(found)) if found else None
+
+
+def _open(path: Path, media: str) -> Clip:
+    frames = read_frames(path)
+    if (len(frames) == 1) != (media == "images"):
+        raise UserError(
+            f"{path} has {len(frames)} frame{'s' * (len(frames) > 1)}, which does not fit the medium {media}"
+        )
+    return Clip(frames)
+
+
+def _of_prompt(item: PromptSamples, media: str, results: list[dict[str, Any]]) -> dict[str, float | None]:
+    """Means over the samples of one prompt; appends a result for each sample."""
+    measured: list[dict[str, float | None]] = []
+    for path in item.paths:
+        clip = _open(path, media)
+        judged = verdict(clip, item.metadata, media)
+        results.append(_result(item, path, clip, judged, media))
+        values: dict[str, float | None] = {"shapeeval.overall": float(judged.correct)}
+        if media == "clips":
+            values["shapeeval_frames.overall"] = float(judged.frames_correct)
+            values |= {f"shapebench.{key}": value for key, value in shapebench.measure(clip, item.metadata).items()}
+        values["fidelity.psnr"] = _mean(found.psnr for found in clip.fidelities)
+        values["fidelity.sharpness"] = _mean(found.sharpness for found in clip.fidelities)
+        measured.append(values)
+    return {key: _mean(values) for key, values in _columns(measured).items()}
+
+
+def _result(item: PromptSamples, path: Path, clip: Clip, judged: Verdict, media: str) -> dict[str, Any]:
+    """A line of GenEval's results.jsonl; `details` are the boxes of the middle frame."""
+    details: dict[str, list[list[float]]] = {}
+    for found in clip.detections[len(clip.detections) // 2]:
+        if found.score > THRESHOLD:
+            details.setdefault(found.cls, []).append([*found.box, round(found.score, 4)])
+    line = {
+        "filename": item.name(path),
+        "tag": item.metadata["tag"],
+        "prompt": item.metadata["prompt"],
+        "correct": judged.correct,
+        "reason": judged.reason,
+        "metadata": json.dumps(item.metadata),
+        "details": json.dumps(details),
+    }
+    return line if media == "images" else {**line, "frames_correct": judged.frames_correct}
+
+
+def _diversity(item: PromptSamples, media: str, seed: int) -> tuple[dict[str, float | None], int]:
+    """Diversity of one prompt and the number of satisfying samples behind it."""
+    clips = [_open(path, media) for path in item.paths]
+    good = [clip for clip in clips if verdict(clip, item.metadata, media).correct]
+    return diversity.of_prompt(good, item.metadata, seed), len(good)
+
+
+def _metric(key: str, values: Sequence[float | None], tags: Sequence[str], **options: Any) -> dict[str, Any]:
+    family, _, name = key.partition(".")
+    strata = tags if name == "overall" and family in OVERALL else None
+    found = interval(values, strata, **options)
+    kind = shapebench.KINDS[name] if family == "shapebench" else KINDS.get(family, "analogue")
+    numbers: dict[str, float | None] = {"value": None, "low": None, "high": None, "n_prompts": 0}
+    if found is not None:
+        numbers = {"value": found.value, "low": found.low, "high": found.high, "n_prompts": found.count}
+    return {**numbers, "kind": kind}
+
+
+def check_controls(
+    oracle: Mapping[str, Any],
+    shuffled: Mapping[str, Any],
+    *,
+    oracle_at_least: float = 0.95,
+    floor_at_most: float = 0.10,
+) -> None:
+    """Raise UserError unless ground truth scores high and renders of other prompts low: else scores mean nothing."""
+    high, low = (control["metrics"]["shapeeval.overall"]["value"] for control in (oracle, shuffled))
+    fails = f"the evaluator fails on {oracle['media']}, so no table is made"
+    if high < oracle_at_least:
+        raise UserError(f"{fails}: ground truth has shapeeval.overall {high:.3f}, expected at least {oracle_at_least}")
+    if low > floor_at_most:
+        raise UserError(f"{fails}: renders of other prompts have {low:.3f}, expected at most {floor_at_most}")
+
+
+def results_jsonl(results: Iterable[Mapping[str, Any]]) -> str:
+    """One JSON object a line."""
+    return "".join(f"{json.dumps(result)}\n" for result in results)
