@@ -83,7 +83,7 @@ def part(node, key):
 def chosen(wildcards):
     """The Hydra overrides that a job's wildcards stand for."""
     groups = {"objective": "method", "seed": "seed", "suite": "suite"}
-    picked = [f"{key}={wildcards[name]}" for key, name in groups.items() if name in wildcards.keys()]
+    picked = [f"{key}={wildcards[name]}" for key, name in groups.items() if name in wildcards]
     return [f"experiment={SCALE}-{wildcards.get('media', 'images')}", *picked]
 
 
@@ -92,7 +92,7 @@ READS = {
     "prompts": ("media", "prompts", "suites.{suite}"),
     "download transformer": ("checkpoints.transformer",),
     "download codec": ("checkpoints.codec",),
-    "pretrain": ("media", "frames", "network", "codec", "text", "pretrain"),
+    "pretrain": ("media", "frames", "network", "codec", "text", "prompts", "pretrain"),
     "convert": ("network",),
     "synthesize": ("frames", "network", "codec", "text", "teacher", "suites.train", "evaluation.batch"),
     "distill": (
@@ -103,7 +103,8 @@ READS = {
     "sample student": ("frames", "codec", "suites.{suite}", "evaluation.batch"),
     "sample teacher": ("frames", "network", "codec", "text", "teacher", "suites.{suite}", "evaluation.batch"),
     "sample control": ("frames", "codec", "suites.{suite}", "evaluation.batch"),
-    "evaluate": ("media", "evaluation"),
+    "evaluate": ("media", "evaluation.bootstrap", "evaluation.confidence"),
+    "table": ("evaluation.oracle_at_least", "evaluation.floor_at_most"),
     "report": ("",),
 }
 
@@ -114,12 +115,12 @@ def values(stage, wildcards, words):
     return json.dumps({key: part(composed, key) for key in keys}, sort_keys=True)
 
 
-def numbers(stage):
-    """For params: the values that a stage reads, as JSON."""
-    return lambda wildcards: values(stage, wildcards, config["overrides"])
+def numbers(stage, **fixed):
+    """For params: the values that a stage reads, as JSON; `fixed` stands for wildcards that its files do not have."""
+    return lambda wildcards: values(stage, {**wildcards, **fixed}, config["overrides"])
 
 
-def overrides(stage):
+def overrides(stage, **fixed):
     """For params: overrides for a stage's command line: what its wildcards choose, and of `overrides` what it reads."""
 
     def matters(word, wildcards):
@@ -129,9 +130,11 @@ def overrides(stage):
         except UserError:  # the others need this one
             return True
 
-    return lambda wildcards: shlex.join(
-        [*chosen(wildcards), *(word for word in config["overrides"] if matters(word, wildcards))]
-    )
+    def words(wildcards):
+        known = {**wildcards, **fixed}
+        return shlex.join([*chosen(known), *(word for word in config["overrides"] if matters(word, known))])
+
+    return words
 
 
 def students(media):

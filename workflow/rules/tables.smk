@@ -17,12 +17,14 @@ rule table1:
         mem_mb=500,
         runtime=10,
     params:
+        cfg=numbers("table", media="images"),
         code=lambda _: code_digest("table"),
+        overrides=overrides("table", media="images"),
         folder=lambda wildcards, output: os.path.dirname(output.csv),
     message:
         "Make table 1: images"
     shell:
-        "python -m rcm table --name table1 --scores {input.scores} --controls {input.controls} "
+        "python -m rcm table {params.overrides} --name table1 --scores {input.scores} --controls {input.controls} "
         "--published {input.published} --out-dir {params.folder} > {log} 2>&1"
 
 
@@ -44,12 +46,14 @@ rule table2:
         mem_mb=500,
         runtime=10,
     params:
+        cfg=numbers("table", media="clips"),
         code=lambda _: code_digest("table"),
+        overrides=overrides("table", media="clips"),
         folder=lambda wildcards, output: os.path.dirname(output.csv),
     message:
         "Make table 2: clips"
     shell:
-        "python -m rcm table --name table2 --scores {input.scores} --controls {input.controls} "
+        "python -m rcm table {params.overrides} --name table2 --scores {input.scores} --controls {input.controls} "
         "--published {input.published} --out-dir {params.folder} > {log} 2>&1"
 
 
