@@ -17,7 +17,8 @@ FLOORS = [
     ("networks", "codecs", "text"),
     ("data", "sampling", "checkpoints", "parallel"),
     ("objectives",),
-    ("training", "evaluation", "report"),
+    ("training", "evaluation"),
+    ("report",),  # on the floor of evaluation, but it reads what evaluation writes
     ("cli",),
 ]
 FLOOR = {module: number for number, modules in enumerate(FLOORS) for module in modules}
