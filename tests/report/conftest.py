@@ -52,20 +52,23 @@ def score(model: str, steps: int, media: str, quality: float, *, seed: int = 0) 
     diverse = np.clip(DIVERSITY[method] + rng.normal(0, 0.05, 12), 0, 1)
     psnr = DETAIL[method] + steps / 4 + rng.normal(0, 1, len(tags))
     metrics |= {
-        "diversity.cell_entropy": _metric(diverse, "analogue"),
-        "diversity.color_entropy": _metric(diverse**0.5, "analogue"),
-        "diversity.vendi": _metric(1 + 15 * diverse, "analogue"),
+        **{f"diversity.{name}_entropy": _metric(2.5 * diverse, "analogue") for name in ("cell", "color", "fill")},
+        "diversity.vendi": _metric(1 + 7 * diverse, "analogue"),
+        "pixels.distance": _metric(diverse / 8, "analogue"),
+        "prior.cell_distance": _metric(1 - diverse, "analogue"),
+        "prior.color_distance": {"value": None, "low": None, "high": None, "kind": "analogue"},
         "fidelity.psnr": _metric(psnr, "analogue"),
-        "fidelity.sharpness": _metric(psnr / 70, "analogue"),
+        "fidelity.sharpness": _metric(psnr / 35, "analogue"),
     }
     values: dict[str, Any] = {"tag": tags, "shapeeval.overall": correct.tolist(), "fidelity.psnr": psnr.tolist()}
-    values |= {"diversity.vendi": (1 + 15 * diverse).tolist(), "diversity.cell_entropy": diverse.tolist()}
+    values |= {"diversity.vendi": (1 + 7 * diverse).tolist(), "diversity.cell_entropy": (2.5 * diverse).tolist()}
     if media == "clips":
         dimensions = {
             "dynamic_degree": "substituted_model",
             "temporal_flickering": "same_formula",
             "motion": "analogue",
         }
+        metrics |= {f"shapeeval_frames.{key}": metrics[f"shapeeval.{key}"] for key in ("overall", *TASKS)}
         metrics |= {f"shapebench.{name}": _metric(np.sqrt(correct), kind) for name, kind in dimensions.items()}
     return {
         "model": model,
@@ -74,7 +77,7 @@ def score(model: str, steps: int, media: str, quality: float, *, seed: int = 0) 
         "n_prompts": len(tags),
         "n_samples": 4 * len(tags),
         "metrics": metrics,
-        "evaluator": {"version": "shapes-1", "prompts_sha256": "ab" * 32},
+        "evaluator": {"version": "1", "prompts_sha256": "ab" * 32},
         "per_prompt": values,
     }
 

@@ -20,8 +20,6 @@ from rcm.report.figures import (
     figure_quality_diversity,
     figure_samples,
     figure_training,
-    frames,
-    metadata,
     sample_runs,
 )
 from rcm.report.scores import Run
@@ -77,7 +75,7 @@ def test_parts_of_one_run_are_joined(sampled: Callable[..., Path], tmp_path: Pat
 
 def test_prompts_are_the_first_of_each_task(image_samples: list[Path]) -> None:
     runs = sample_runs(image_samples)
-    tags = [metadata(runs[0].prompts[name])["tag"] for name in chosen_prompts(runs, 6)]
+    tags = [runs[0].prompts[index].metadata["tag"] for index in chosen_prompts(runs, 6)]
     assert tags == ["single_object", "two_object", "counting", "colors", "position", "color_attr"]
     assert len(chosen_prompts(runs, 8)) == 8
     assert len(chosen_prompts(runs, 100)) == 12
@@ -89,7 +87,7 @@ def test_samples_stand_where_their_headings_say(image_samples: list[Path], drawn
     prompts = chosen_prompts(runs, 2)
     lefts, tops = [], []
     for run in runs:
-        found = {place for name in prompts for place in places(figure, frames(run.prompts[name])[0], 5)}
+        found = {place for index in prompts for place in places(figure, run.frames(index)[0], 5)}
         lefts.append(min(x for _, x in found))
         tops.append(min(y for y, _ in found))
     assert lefts == sorted(lefts) and len(set(lefts)) == len(runs)  # columns in the order of tables
@@ -100,7 +98,7 @@ def test_clips_show_every_frame_in_order(clip_samples: list[Path], drawn: dict[s
     figure = pixels(drawn["clips"])
     teacher = sample_runs(clip_samples)[0]
     (prompt,) = chosen_prompts(sample_runs(clip_samples), 1)
-    clip = frames(teacher.prompts[prompt])
+    clip = teacher.frames(prompt)
     assert len(clip) == 9
     found = [places(figure, frame, 3) for frame in (clip[0], clip[4], clip[8])]
     assert all(found)
@@ -138,8 +136,9 @@ def test_every_method_has_its_colour_in_the_plots(name: str, drawn: dict[str, by
 def test_prompts_are_no_mathematics(sampled: Callable[..., Path], tmp_path: Path) -> None:
     folder = sampled(tmp_path / "rcm-0-4" / "report" / "1-of-1", "images", 1.0, per_task=1)
     for prompt in folder.iterdir():
-        said = metadata(prompt) | {"prompt": r"$\frac{ $x_ \undefined ^ %s {}"}
-        (prompt / "metadata.jsonl").write_text(json.dumps(said) + "\n")
+        file = prompt / "metadata.jsonl"
+        said = json.loads(file.read_text()) | {"prompt": r"$\frac{ $x_ \undefined ^ %s {}"}
+        file.write_text(json.dumps(said) + "\n")
     assert figure_samples([folder], prompts=1)
 
 

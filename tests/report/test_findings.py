@@ -61,16 +61,22 @@ def test_rcm_below_dmd_beyond_the_interval(ask: Ask) -> None:
     assert "-0.1" in finding.sentence
 
 
+@pytest.mark.parametrize(("rcm", "verdict"), [(5, SHOWN), (3 + 0.01 * WAVE, NOT_SHOWN), (2, CONTRADICTED)])
+def test_vendi_decides_on_diversity(ask: Ask, rcm: Any, verdict: str) -> None:
+    dmd = made("dmd-0", 4, 0.7, diversity__vendi=3.0, diversity__cell_entropy=1.0)
+    finding = ask("more diverse", made("rcm-0", 4, 0.7, diversity__vendi=rcm, diversity__cell_entropy=2.0), dmd)
+    assert finding.verdict == verdict
+    assert "Cell entropy +1.000 [+1.000, +1.000] (shown)" in finding.sentence
+
+
 @pytest.mark.parametrize(
-    ("rcm", "dmd", "verdict"),
-    [((5, 2), (3, 1), SHOWN), ((5, 1), (3, 1), NOT_SHOWN), ((5, 1), (3, 2), NOT_SHOWN), ((3, 1), (5, 1), CONTRADICTED)],
+    ("psnr", "sharpness", "verdict"),
+    [(30, 0.9, SHOWN), (30, 0.5, NOT_SHOWN), (20, 0.9, NOT_SHOWN), (20, 0.5, CONTRADICTED)],
 )
-def test_diversity_needs_every_measure(ask: Ask, rcm: Any, dmd: Any, verdict: str) -> None:
-    scores = [
-        made(model, 4, 0.7, diversity__vendi=vendi + WAVE, diversity__cells=cells)
-        for model, (vendi, cells) in (("rcm-0", rcm), ("dmd-0", dmd))
-    ]
-    assert ask("more diverse", *scores).verdict == verdict
+def test_detail_needs_both_measures(ask: Ask, psnr: float, sharpness: float, verdict: str) -> None:
+    scm = made("scm-0", 4, 0.7, fidelity__psnr=25.0, fidelity__sharpness=0.7)
+    rcm = made("rcm-0", 4, 0.7, fidelity__psnr=psnr, fidelity__sharpness=sharpness)
+    assert ask("fine detail", scm, rcm).verdict == verdict
 
 
 @pytest.mark.parametrize(

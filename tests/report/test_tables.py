@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from rcm.artefact import UserError
+from rcm.evaluation.scores import evaluate
 from rcm.report.scores import CONTROLS
 from rcm.report.tables import from_csv, make_table, panels, to_csv
 
@@ -36,6 +37,9 @@ def test_csv_holds_every_number(made: dict[str, dict[str, str]], scores: Scores)
         model, _, seed = score["model"].partition("-")
         for metric, entry in score["metrics"].items():
             row = found[model, seed, str(score["steps"]), metric]
+            if entry["value"] is None:
+                assert row["value"] == row["low"] == row["high"] == ""
+                continue
             assert float(row["value"]) == pytest.approx(entry["value"], abs=1e-6)
             assert float(row["low"]) == pytest.approx(entry["low"], abs=1e-6)
             assert row["kind"] == entry["kind"]
@@ -102,13 +106,32 @@ def test_no_table_when_the_controls_fail(
 ) -> None:
     models, controls = split(scores["images"])
     controls = [c for c in controls if c["model"] != model] + [scored(model, 0, "images", quality)]
-    with pytest.raises(UserError, match=r"oracle|ground.truth|floor|shuffled|another prompt"):
+    with pytest.raises(UserError, match=r"ground truth has|renders of other prompts have"):
         make_table("table1", models, controls, published)
 
 
 def test_no_table_without_controls(scores: Scores, published: Path) -> None:
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match="oracle"):
         make_table("table1", split(scores["images"])[0], [], published)
+
+
+@pytest.mark.parametrize(("media", "name"), [("images", "table1"), ("clips", "table2")])
+def test_scores_of_the_evaluation_fit(
+    media: str, name: str, sampled: Callable[..., Path], published: Path, tmp_path: Path
+) -> None:
+    found = {}
+    for model, steps, quality in (("teacher", 20, 1.0), ("rcm-0", 4, 1.0), ("oracle", 0, 1.0), ("shuffled", 0, 0.0)):
+        folder = sampled(tmp_path / f"{model}-{steps}" / "report" / "1-of-1", media, quality, per_task=1)
+        found[model] = evaluate([folder], media=media, model=model, steps=steps, resamples=50).scores
+    made = make_table(name, [found["teacher"], found["rcm-0"]], [found["oracle"], found["shuffled"]], published)
+    rows = {(row.model, row.metric): row for row in from_csv(made["csv"])}
+    assert float(rows["rcm", "shapeeval.relative_to_teacher"].value) == pytest.approx(1.0)
+    measured = {row.metric for row in rows.values() if row.block != "published"}
+    assert measured == {*found["oracle"]["metrics"], "shapeeval.relative_to_teacher"}
+    shown = {(line[0].text) for panel in panels(list(rows.values())) for _, lines in panel.groups for line in lines}
+    assert "rCM" in shown and "Ground truth" in shown
+    if media == "clips":
+        assert {"Dynamic degree", "Temporal flickering", "Spatial relationship strict", "Colour"} <= shown
 
 
 def test_mistakes_are_one_sentence(scores: Scores, published: Path, tmp_path: Path) -> None:

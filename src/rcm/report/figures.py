@@ -5,6 +5,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -15,9 +16,10 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from PIL import Image
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from rcm.artefact import UserError
+from rcm.evaluation.samples import PromptSamples, list_samples, read_frames
 from rcm.report.scores import CONTROLS, Run, Score, in_order, keys_of, label, reported, run_of
 
 DPI = 200  # pixels an inch; a page shows them at half size
@@ -57,7 +59,8 @@ _STYLE = {
     "legend.fontsize": 7.5,
     "text.color": INK,
     "figure.facecolor": "white",
-    "path.simplify": True,
+    "figure.constrained_layout.w_pad": 0.08,
+    "figure.constrained_layout.h_pad": 0.06,
 }
 
 
@@ -78,51 +81,45 @@ def _png(figure: Figure) -> bytes:
 
 
 @dataclass(frozen=True)
-class _Samples:
-    """Folders of samples of one run, by number of the prompt."""
+class Samples:
+    """The samples of one run, by number of the prompt."""
 
     run: Run
-    prompts: Mapping[str, Path]
+    prompts: Mapping[int, PromptSamples]
+
+    def frames(self, prompt: int) -> np.ndarray:
+        """The first sample of a prompt, uint8 (T, H, W, 3)."""
+        return read_frames(self.prompts[prompt].paths[0])
+
+    def caption(self, prompt: int) -> str:
+        """What a prompt asks for."""
+        return str(self.prompts[prompt].metadata["prompt"])
 
 
-def sample_runs(samples: Iterable[Path]) -> list[_Samples]:
+def sample_runs(folders: Iterable[Path]) -> list[Samples]:
     """Sample folders `.../{model}-{steps}/{suite}/{part}`, joined by run, in the order of tables; controls last."""
-    found: dict[Run, dict[str, Path]] = defaultdict(dict)
-    for folder in samples:
-        model, dash, steps = folder.absolute().parts[-3].rpartition("-")
+    found: dict[Run, list[Path]] = defaultdict(list)
+    for folder in folders:
+        model, dash, steps = ("", "", *folder.absolute().parts)[-3].rpartition("-")
         if not dash or not steps.isdecimal():
             raise UserError(f"{folder} is no folder of samples; expected .../MODEL-STEPS/SUITE/PART")
-        found[run_of(model, int(steps))].update((p.name, p) for p in folder.iterdir() if p.name.isdecimal())
-    return [_Samples(run, found[run]) for run in sorted(found, key=lambda run: run.order)]
+        found[run_of(model, int(steps))].append(folder)
+    runs = sorted(found, key=lambda run: run.order)
+    return [Samples(run, {item.index: item for item in list_samples(sorted(found[run]))}) for run in runs]
 
 
-def metadata(prompt: Path) -> dict[str, Any]:
-    """What a prompt's folder says about it."""
-    return json.loads((prompt / "metadata.jsonl").read_text(encoding="utf-8").splitlines()[0])
-
-
-def frames(prompt: Path, sample: int = 0) -> np.ndarray:
-    """A sample as uint8 (T, H, W, 3), one frame for an image."""
-    with Image.open(prompt / "samples" / f"{sample:04d}.png") as image:
-        found = []
-        for index in range(getattr(image, "n_frames", 1)):
-            image.seek(index)
-            found.append(np.asarray(image.convert("RGB")))
-    return np.stack(found)
-
-
-def chosen_prompts(runs: Sequence[_Samples], count: int) -> list[str]:
-    """Prompts that all runs have, in turn from each task and the first of it: chosen before anyone saw a sample."""
+def chosen_prompts(runs: Sequence[Samples], count: int) -> list[int]:
+    """Prompts that all runs have, the first of each task in turn: chosen before anyone saw a sample."""
     if not runs:
         raise UserError("there are no samples to show")
-    common = sorted(set.intersection(*(set(run.prompts) for run in runs)))
-    by_task: dict[str, list[str]] = defaultdict(list)
-    for name in common:
-        by_task[str(metadata(runs[0].prompts[name]).get("tag", ""))].append(name)
-    turns = max(map(len, by_task.values()), default=0)
-    taken = [names[turn] for turn in range(turns) for names in by_task.values() if turn < len(names)][:count]
-    place = {name: (list(by_task).index(task), name) for task, names in by_task.items() for name in names}
-    return sorted(taken, key=lambda name: place[name])
+    by_task: dict[str, list[int]] = defaultdict(list)
+    for index in sorted(set.intersection(*(set(run.prompts) for run in runs))):
+        by_task[runs[0].prompts[index].metadata["tag"]].append(index)
+    turns = zip_longest(*by_task.values())
+    taken = [index for turn in turns for index in turn if index is not None][:count]
+    if not taken:
+        raise UserError("the runs have no prompt in common, so their samples cannot be shown side by side")
+    return [index for indices in by_task.values() for index in indices if index in taken]
 
 
 def _enlarged(picture: np.ndarray, factor: int) -> np.ndarray:
@@ -157,7 +154,7 @@ def _heading(run: Run) -> str:
     return f"{run.steps} step{'s' * (run.steps != 1)}" if run.method not in CONTROLS else ""
 
 
-def _named(runs: Sequence[_Samples]) -> list[str]:
+def _named(runs: Sequence[Samples]) -> list[str]:
     """Names of runs, with the seed where a method has several."""
     seeds = {(s.run.method, s.run.seed) for s in runs}
     several = {method for method, _ in seeds if sum(m == method for m, _ in seeds) > 1}
@@ -173,7 +170,7 @@ def figure_samples(samples: Sequence[Path], *, prompts: int = 8) -> bytes:
     runs = sample_runs(samples)
     rows = chosen_prompts(runs, prompts)
     names = _named(runs)
-    side = frames(runs[0].prompts[rows[0]]).shape[1]
+    side = runs[0].frames(rows[0]).shape[1]
     caption, header, gap, apart = 400, 104, 8, 28
     factor = max(1, min(5, (1720 // len(runs) - gap) // side))
     tile = side * factor
@@ -194,7 +191,7 @@ def figure_samples(samples: Sequence[Path], *, prompts: int = 8) -> bytes:
             canvas.text(left + tile / 2, 88, _heading(run.run), ha="center", va="baseline", size=7.5)
         for row, prompt in enumerate(rows):
             y = header + row * (tile + gap)
-            text = str(metadata(runs[0].prompts[prompt])["prompt"])
+            text = runs[0].caption(prompt)
             canvas.text(
                 caption - 24,
                 y + tile / 2,
@@ -205,7 +202,7 @@ def figure_samples(samples: Sequence[Path], *, prompts: int = 8) -> bytes:
                 linespacing=1.25,
             )
             for left, run in zip(lefts, runs, strict=True):
-                canvas.picture(left, y, _enlarged(frames(run.prompts[prompt])[0], factor))
+                canvas.picture(left, y, _enlarged(run.frames(prompt)[0], factor))
         return canvas.png()
 
 
@@ -214,7 +211,7 @@ def figure_clips(samples: Sequence[Path], *, prompts: int = 4) -> bytes:
     runs = sample_runs(samples)
     blocks = chosen_prompts(runs, prompts)
     names = _named(runs)
-    count, side = frames(runs[0].prompts[blocks[0]]).shape[:2]
+    count, side = runs[0].frames(blocks[0]).shape[:2]
     caption, header, gap, apart = 330, 60, 6, 30
     factor = max(1, min(4, (1700 // count - gap) // side))
     tile = side * factor
@@ -226,7 +223,7 @@ def figure_clips(samples: Sequence[Path], *, prompts: int = 4) -> bytes:
             canvas.text(
                 caption,
                 top + 38,
-                str(metadata(runs[0].prompts[prompt])["prompt"]),
+                runs[0].caption(prompt),
                 va="baseline",
                 size=8.5,
                 style="italic",
@@ -246,7 +243,7 @@ def figure_clips(samples: Sequence[Path], *, prompts: int = 4) -> bytes:
                     color=color,
                 )
                 canvas.text(caption - 24, y + tile / 2 + 7, _heading(run.run), ha="right", va="top", size=7.5)
-                for index, frame in enumerate(frames(run.prompts[prompt])):
+                for index, frame in enumerate(run.frames(prompt)):
                     canvas.picture(caption + index * (tile + gap), y, _enlarged(frame, factor))
         return canvas.png()
 
@@ -261,7 +258,9 @@ def figure_quality_diversity(scores: Sequence[Score]) -> bytes:
     if not media:
         raise UserError("none of the scores has a measure of diversity; evaluate with --diversity")
     with _style():
-        figure = Figure(figsize=(0.9 + 2.7 * max(2, len(measures)), 0.45 + 2.75 * len(media)), layout="constrained")
+        figure = Figure(
+            figsize=(max(5.4, min(9.9, 2.7 * len(measures))), 0.45 + 2.75 * len(media)), layout="constrained"
+        )
         axes = figure.subplots(len(media), len(measures), sharey="row", squeeze=False)
         for row, medium in zip(axes, media, strict=True):
             own = in_order(s for s in scores if s["media"] == medium and "shapeeval.overall" in s["metrics"])
@@ -350,6 +349,9 @@ def figure_training(metrics: Sequence[Path]) -> bytes:
             ax.set_xlabel(f"{role.capitalize()} update")
             if logarithmic:
                 ax.set_yscale("log")
+                ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+                ax.yaxis.set_minor_formatter(NullFormatter())
             for run, rows in runs:
                 found = [(r["update"], r[key]) for r in rows if r.get("role") == role and r.get(key) is not None]
                 if found:
@@ -366,6 +368,6 @@ def _curve(ax: Axes, points: np.ndarray, color: str) -> None:
     """Every value faintly, and the running median over a thirtieth of them."""
     x, y = points.T
     half = max(1, len(y) // 60)
-    windows = np.lib.stride_tricks.sliding_window_view(np.pad(y, half, mode="edge"), 2 * half + 1)
+    windows = np.lib.stride_tricks.sliding_window_view(np.pad(y, half, mode="symmetric"), 2 * half + 1)
     ax.plot(x, y, color=color, linewidth=0.4, alpha=0.25)
     ax.plot(x, np.median(windows, axis=1), color=color, linewidth=1.3)

@@ -1,12 +1,13 @@
 """What the scores say about each claim of the paper, in one plain sentence a claim.
 
 The rules are fixed here, before any score is known. A claim is "shown" if the whole 95 % interval supports it,
-"contradicted" if the whole interval speaks against it, and otherwise "not shown". Where a claim rests on several
-measures, it is "shown" if all of them show it and "contradicted" if some contradict and none show it. A claim whose
-scores are missing is "not shown" and says what is missing.
+"contradicted" if the whole interval speaks against it, and otherwise "not shown". A claim with several parts is "shown"
+if all of them are, and "contradicted" if one is and none is shown. Diversity is decided by the Vendi score, which takes
+all hidden factors together; the factors are told beside it. A claim whose scores are missing is "not shown" and says
+what is missing.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rcm.report.scores import Estimate, Score, compare, difference, in_order, keys_of, label, ratio
@@ -14,7 +15,8 @@ from rcm.report.scores import Estimate, Score, compare, difference, in_order, ke
 SHOWN, NOT_SHOWN, CONTRADICTED = "shown", "not shown", "contradicted"
 OVERALL = "shapeeval.overall"
 MARGIN = 0.05  # of ShapeEval overall: "about as good"; in GenEval itself gaps of half of it are noise
-DETAIL = {"fidelity.psnr": True, "fidelity.sharpness": True}  # measures of fine detail, and whether more is better
+DIVERSITY = "diversity.vendi"
+DETAIL = ("fidelity.psnr", "fidelity.sharpness")  # more is better
 
 
 @dataclass(frozen=True)
@@ -120,39 +122,35 @@ def _not_below_dmd(own: _Scores) -> Finding:
     )
 
 
-def _by_measure(
-    own: _Scores, a: str, b: str, keys: Iterable[str], sign: Callable[[str], int]
-) -> list[tuple[str, Estimate, str]]:
-    """(measure, a - b, whether that shows "a is better") with four steps, for measures that have values by prompt."""
-    rows = []
-    for key in keys:
-        found = compare(difference, key, own.of(a, 4), own.of(b, 4))
-        if found is not None:
-            low, high = sorted((sign(key) * found.low, sign(key) * found.high))
-            rows.append((key, found, _judge(low > 0, high >= 0)))
-    return rows
+def _differences(own: _Scores, a: str, b: str, keys: Iterable[str]) -> dict[str, tuple[Estimate, str]]:
+    """a - b with four steps and whether that shows a > b, of measures that have values by prompt."""
+    found = {key: compare(difference, key, own.of(a, 4), own.of(b, 4)) for key in keys}
+    return {key: (e, _judge(e.low > 0, e.high >= 0)) for key, e in found.items() if e is not None}
 
 
 def _more_diverse(own: _Scores) -> Finding:
     claim = "With four steps, rCM is more diverse than DMD."
-    rows = _by_measure(own, "rcm", "dmd", keys_of(own.scores, "diversity"), lambda key: 1)
-    if not rows:
+    rows = _differences(own, "rcm", "dmd", keys_of(own.scores, "diversity"))
+    if DIVERSITY not in rows:
         return _missing(own, claim, "the diversity of rCM and DMD with four steps")
-    sentence = f"Differences rCM − DMD over seeds of one prompt: {_listed(rows)}."
-    return Finding(own.media, claim, _together(row[2] for row in rows), sentence)
+    main, verdict = rows.pop(DIVERSITY)
+    sentence = f"The difference rCM − DMD in the Vendi score over seeds of one prompt is {_signed(main)}."
+    if rows:
+        sentence += f" By hidden factor: {_listed(rows)}."
+    return Finding(own.media, claim, verdict, sentence)
 
 
 def _scm_lacks_detail(own: _Scores) -> Finding:
     claim = "With four steps, sCM is worse than rCM in fine detail."
-    rows = _by_measure(own, "rcm", "scm", DETAIL, lambda key: 1 if DETAIL[key] else -1)
+    rows = _differences(own, "rcm", "scm", DETAIL)
     if not rows:
         return _missing(own, claim, "the detail of rCM and sCM with four steps")
-    sentence = f"Differences rCM − sCM: {_listed(rows)}."
-    return Finding(own.media, claim, _together(row[2] for row in rows), sentence)
+    verdict = _together(verdict for _, verdict in rows.values())
+    return Finding(own.media, claim, verdict, f"Differences rCM − sCM: {_listed(rows)}.")
 
 
-def _listed(rows: Iterable[tuple[str, Estimate, str]]) -> str:
-    return "; ".join(f"{label(key).lower()} {_signed(found)} ({verdict})" for key, found, verdict in rows)
+def _listed(rows: Mapping[str, tuple[Estimate, str]]) -> str:
+    return "; ".join(f"{label(key)} {_signed(found)} ({verdict})" for key, (found, verdict) in rows.items())
 
 
 def _one_two_four(own: _Scores) -> Finding:

@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 
 from rcm.artefact import UserError, read_json
-from rcm.report.figures import chosen_prompts, frames, metadata, sample_runs
+from rcm.report.figures import chosen_prompts, sample_runs
 from rcm.report.findings import findings
 from rcm.report.scores import CONTROLS, Estimate, Run, Score, compare, in_order, number, ratio, reported
 from rcm.report.tables import SUBJECTS, from_csv, panels
@@ -188,9 +188,9 @@ def _clips(folders: Sequence[Path], count: int = 6) -> dict[str, Any] | None:
     for prompt in chosen_prompts(runs, count):
         cells = []
         for samples in runs:
-            clip = frames(samples.prompts[prompt])
+            clip = samples.frames(prompt)
             cells.append({"moving": _uri(_animated(clip)), "still": _uri(_animated(clip[:1])), "run": samples.run})
-        rows.append({"prompt": str(metadata(runs[0].prompts[prompt])["prompt"]), "cells": cells})
+        rows.append({"prompt": runs[0].caption(prompt), "cells": cells})
     return {"runs": [samples.run for samples in runs], "rows": rows}
 
 

@@ -11,14 +11,14 @@ Score = Mapping[str, Any]
 METHODS = {"teacher": "Teacher", "scm": "sCM", "dcm": "dCM", "dmd": "DMD", "dmd2": "DMD2", "rcm": "rCM"}
 CONTROLS = {"oracle": "Ground truth", "codec": "Ground truth, codec", "shuffled": "Another prompt"}
 LABELS = {
-    "overall": "Overall",
     "single_object": "Single",
     "two_object": "Two",
-    "counting": "Counting",
-    "colors": "Colours",
-    "position": "Position",
     "color_attr": "Attributes",
+    "colors": "Colours",
+    "color": "Colour",
     "color_entropy": "Colour entropy",
+    "color_distance": "Colour distance",
+    "pixels.distance": "Pixel distance",
     "psnr": "PSNR",
 }
 RESAMPLES = 2000
@@ -61,7 +61,7 @@ def in_order(scores: Iterable[Score]) -> list[tuple[Run, Score]]:
 def label(key: str) -> str:
     """A metric's heading: `diversity.cell_entropy` is "Cell entropy"."""
     name = key.partition(".")[2] or key
-    return LABELS.get(name) or name.replace("_", " ").capitalize()
+    return LABELS.get(key) or LABELS.get(name) or name.replace("_", " ").capitalize()
 
 
 def keys_of(scores: Iterable[Score], family: str) -> list[str]:

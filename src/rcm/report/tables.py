@@ -13,8 +13,8 @@ from pathlib import Path
 
 from rcm.artefact import UserError
 from rcm.data.prompts import TASKS
+from rcm.evaluation.scores import check_controls
 from rcm.report.scores import (
-    LABELS,
     Estimate,
     Run,
     Score,
@@ -24,6 +24,7 @@ from rcm.report.scores import (
     number,
     ratio,
     reported,
+    run_of,
 )
 
 RELATIVE = "shapeeval.relative_to_teacher"
@@ -40,7 +41,40 @@ _SETTING = (
     "steps",
     "guided",
 )  # columns of a published table that are no metric
-_HEADINGS = {"fps": "FPS", "params": "Parameters"}
+FAMILIES = {  # panels in their order: families of metrics, title, and what to know about them
+    "shapebench": (
+        ("shapebench",),
+        "ShapeBench",
+        "Raw means; intervals are in the CSV. A still or blurred clip can score above ground truth on flicker, "
+        "smoothness and consistency, so these are read together with dynamic degree and sharpness. Kind says how near "
+        "a measure is to VBench's: the same formula, another model in it, or an analogue.",
+    ),
+    "shapeeval_frames": (
+        ("shapeeval_frames",),
+        "ShapeEval of frames",
+        "Clips judged by their frames alone, whatever moves.",
+    ),
+    "diversity": (
+        ("diversity", "pixels"),
+        "Diversity",
+        "Over samples of one prompt, on what the caption leaves open; only samples that satisfy the caption count. "
+        "Vendi is the effective number of different samples among eight, entropies are in bits. The pixel distance is "
+        "secondary: noise raises it.",
+    ),
+    "prior": (
+        ("prior",),
+        "Distance from the world",
+        "Total variation between the samples' hidden factors and the world's, less is better. With so few samples even "
+        "ground truth is not at 0, so compare with it.",
+    ),
+    "fidelity": (
+        ("fidelity",),
+        "Fidelity",
+        "A sample against the same scene drawn ideally: PSNR in decibels, and sharpness of edges, 1 for ideal ones. "
+        "Neither asks for the caption.",
+    ),
+}
+_HEADINGS = {"fps": "FPS"}
 
 
 @dataclass(frozen=True)
@@ -99,6 +133,11 @@ def make_table(name: str, scores: Sequence[Score], controls: Sequence[Score], pu
     strangers = sorted({str(score["media"]) for score in [*scores, *controls]} - {SUBJECTS[name]})
     if strangers:
         raise UserError(f"{name} is about {SUBJECTS[name]}, but was given scores of {', '.join(strangers)}")
+    by_name = {run_of(str(control["model"]), 0).method: control for control in controls}
+    missing = [control for control in ("oracle", "shuffled") if control not in by_name]
+    if missing:
+        raise UserError(f"{name} needs the scores of the control {missing[0]}: without it a score means nothing")
+    check_controls(by_name["oracle"], by_name["shuffled"])
     rows = [*_measured(name, "models", scores), *_measured(name, "controls", controls), *_published(name, published)]
     made = panels(rows)
     return {"csv": to_csv(rows), "md": to_markdown(name, made), "tex": to_latex(name, made)}
@@ -189,19 +228,16 @@ def panels(rows: Sequence[Row]) -> list[Panel]:
         line = (row.block, row.model, row.seed, row.setting, row.steps)
         lines.setdefault(line, {})[row.metric] = row
     own = {line: found for line, found in lines.items() if line[0] != "published"}
-    subject = SUBJECTS[table]
-    found = dict.fromkeys(row.metric.partition(".")[0] for row in rows if row.block != "published")
-    families = sorted(found, key=lambda family: family != "shapebench")  # otherwise in the order of the scores
-    made = []
-    if "shapeeval" in families:
-        keys = ["shapeeval.overall", RELATIVE, *(f"shapeeval.{task}" for task in TASKS)]
-        made.append(_by_model(f"ShapeEval on {subject}", _protocol(rows), own, keys, intervals=2))
-    for family in families:
-        keys = list(dict.fromkeys(row.metric for row in rows if row.metric.partition(".")[0] == family))
-        if family == "shapebench":
-            made.append(_by_metric("ShapeBench", own, keys))
-        elif family != "shapeeval":
-            made.append(_by_model(label(family), _kinds(rows, keys), own, keys, intervals=len(keys)))
+    metrics = list(dict.fromkeys(row.metric for row in rows if row.block != "published"))
+    keys = ["shapeeval.overall", RELATIVE, *(f"shapeeval.{task}" for task in TASKS)]
+    made = [_by_model(f"ShapeEval on {SUBJECTS[table]}", _protocol(rows), own, keys, intervals=2)]
+    for families, title, caption in FAMILIES.values():
+        keys = [metric for metric in metrics if metric.partition(".")[0] in families]
+        if families == ("shapebench",):
+            made.append(_by_metric(title, caption, own, keys))
+        else:
+            intervals = 1 if families == ("shapeeval_frames",) else len(keys)
+            made.append(_by_model(title, f"{caption} {_kinds(rows, keys)}", own, keys, intervals))
     made.append(_published_panel(table, lines))
     return [panel for panel in made if panel.groups]
 
@@ -241,7 +277,7 @@ def _by_model(
     return Panel(title, caption, head, groups, names=1)
 
 
-def _by_metric(title: str, own: Mapping[Line, Mapping[str, Row]], keys: Sequence[str]) -> Panel:
+def _by_metric(title: str, caption: str, own: Mapping[Line, Mapping[str, Row]], keys: Sequence[str]) -> Panel:
     """A line a metric with its kind, a column a model and number of steps."""
     shown = [line for line in own if any(key in own[line] for key in keys)]
     heads = []
@@ -254,11 +290,6 @@ def _by_metric(title: str, own: Mapping[Line, Mapping[str, Row]], keys: Sequence
         kind = next(found[key].kind for found in own.values() if key in found)
         cells = (_cell(own[line].get(key), False) for line in shown)
         printed.append([Cell(label(key)), Cell(kind.replace("_", " ")), *cells])
-    caption = (
-        "Raw means a clip; intervals are in the CSV. A still or blurred clip can score above ground truth on flicker, "
-        "smoothness and consistency, so these are read together with the dynamic degree and the sharpness. "
-        "Kind says how close a measure is to VBench's: the same formula, another model in it, or an analogue."
-    )
     return Panel(title, caption, ["Dimension", "Kind", *heads], [("", printed)] if printed else [], names=2)
 
 
@@ -271,31 +302,27 @@ def _published_panel(table: str, lines: Mapping[Line, Mapping[str, Row]]) -> Pan
     ]
     caption = (
         "Copied from the paper for orientation: other models, another benchmark, other prompts. "
-        "These numbers are not comparable with those measured here. NFE of 35×2 is 35 steps with guidance."
+        "These numbers are not comparable with those measured here. NFE: evaluations of the network, ×2 with guidance."
     )
-    head = ["Model", "Setting", "NFE", *(_HEADINGS.get(m) or LABELS.get(m) or label(m) for m in metrics)]
+    head = ["Model", "Setting", "NFE", *(_HEADINGS.get(m) or label(m) for m in metrics)]
     return Panel(PUBLISHED[table], caption, head, [("", printed)] if printed else [], names=2, published=True)
 
 
 def _protocol(rows: Sequence[Row]) -> str:
     row = next(row for row in rows if row.block != "published")
     each = int(row.n_samples) / max(1, int(row.n_prompts))
-    kind = next((r.kind for r in rows if r.metric == "shapeeval.overall"), "").replace("_", " ") or "unnamed"
     return (
         f"GenEval's protocol in a world of coloured shapes: {row.n_prompts} prompts with {each:g} samples each, "
         f"the same initial noise for every model; overall is the mean of the six tasks. "
-        f"Brackets are 95 % bootstrap intervals over prompts. Kind: {kind}. "
-        f"Evaluator {row.evaluator or 'unnamed'}, prompts {row.prompts_sha256[:12] or 'unnamed'}."
+        f"Brackets are 95 % bootstrap intervals over prompts. {_kinds(rows, ['shapeeval.overall'])} "
+        f"Evaluator version {row.evaluator or 'unknown'}, SHA-256 of prompts {row.prompts_sha256[:12] or 'unknown'}."
     )
 
 
 def _kinds(rows: Iterable[Row], keys: Iterable[str]) -> str:
-    found = {row.metric: row.kind for row in rows if row.kind}
-    by_kind: dict[str, list[str]] = {}
-    for key in keys:
-        if key in found:
-            by_kind.setdefault(found[key].replace("_", " "), []).append(label(key).lower())
-    return " ".join(f"{kind.capitalize()}: {', '.join(names)}." for kind, names in by_kind.items())
+    found = {row.metric: row.kind.replace("_", " ") for row in rows if row.kind}
+    kinds = sorted({found[key] for key in keys if key in found})
+    return f"Kind: {', '.join(kinds)}." if kinds else ""
 
 
 def to_markdown(name: str, made: Iterable[Panel]) -> str:
