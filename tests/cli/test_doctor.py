@@ -1,6 +1,9 @@
 """What is said about the machine, and about progress where there is no terminal."""
 
+import re
+import tomllib
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 
@@ -22,6 +25,12 @@ def test_doctor_names_every_part(run: Run, monkeypatch: pytest.MonkeyPatch, caps
     assert lines["wandb"] == "absent: metrics go to JSON lines only"
     assert lines["ffmpeg"].startswith("absent")
     run("doctor")
+
+
+def test_doctor_looks_for_what_is_installed_by_the_project() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    names = {re.split(r"[<>=\[ ]", line)[0] for line in project["dependencies"]}
+    assert set(doctor.REQUIRED) == names - {"snakemake", "wandb", "imageio-ffmpeg"}  # things work without these
 
 
 def test_doctor_refuses_a_machine_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from rcm.artefact import UserError
 
 REQUIRED = (
-    *("torch", "numpy", "hydra-core", "safetensors", "webdataset", "pillow", "opencv-python-headless", "pandas"),
-    *("matplotlib", "jsonschema", "jinja2"),
+    *("torch", "numpy", "scipy", "safetensors", "hydra-core", "omegaconf", "pyyaml", "jsonschema", "tqdm"),
+    *("pillow", "opencv-python-headless", "matplotlib", "jinja2"),
 )
 OPTIONAL = {  # distribution: what happens without it
     "snakemake": "stages must be run one by one: pip install snakemake",
