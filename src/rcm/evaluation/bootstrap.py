@@ -43,8 +43,9 @@ def interval(
     for name in present:
         members = x[names == name]
         weights = rng.multinomial(len(members), np.full(len(members), 1 / len(members)), size=resamples)
-        value += members.mean() / len(present)
-        drawn += weights @ members / len(members) / len(present)
+        value += members.mean()
+        drawn += weights @ members / len(members)
+    value, drawn = value / len(present), drawn / len(present)
     tail = 50 * (1 - confidence)
     low, high = np.percentile(drawn, [tail, 100 - tail])
     return Estimate(float(value), float(low), float(high), len(x))

@@ -7,7 +7,7 @@ leaves the motion out. `shapebench`, `fidelity`, `diversity`, `prior` and `pixel
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from rcm.evaluation.shapebench import Clip
 VERSION = "1"  # of the evaluator as a whole: scores of different versions do not compare
 KINDS = {"shapeeval": "substituted_model", "shapeeval_frames": "substituted_model"}
 OVERALL = ("shapeeval", "shapeeval_frames")  # families with an overall score, the mean of the tasks' means
+FAMILIES = (*OVERALL, "shapebench", "fidelity", "diversity", "prior", "pixels")
 
 
 @dataclass(frozen=True)
@@ -109,9 +110,8 @@ def evaluate(
             "minimum": diversity.MINIMUM,
         }
     metrics = {
-        key: _metric(key, values, tags, resamples=resamples, confidence=confidence, seed=seed)
-        for key, values in per_prompt.items()
-        if key != "tag"
+        key: _metric(key, per_prompt[key], tags, resamples=resamples, confidence=confidence, seed=seed)
+        for key in sorted(per_prompt.keys() - {"tag"}, key=_order(per_prompt))
     }
     scores = {
         "model": model,
@@ -124,6 +124,12 @@ def evaluate(
         "per_prompt": per_prompt,
     }
     return Evaluation(scores, results)
+
+
+def _order(keys: Iterable[str]) -> Callable[[str], tuple[int, int]]:
+    """Sort key: families in the order of `FAMILIES`, their measures as they come."""
+    place = {key: i for i, key in enumerate(keys)}
+    return lambda key: (FAMILIES.index(key.partition(".")[0]), place[key])
 
 
 def _sha256(prompts: Iterable[PromptSamples]) -> str:

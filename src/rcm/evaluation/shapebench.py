@@ -40,7 +40,7 @@ _STILL_FLOW = 3.0 / 256  # of the shorter side, VBench's limit for a static pair
 _MOVING_FLOW = 6.0 / 256  # of the shorter side, VBench's limit for a dynamic pair, mean of the top 5 %
 _MOVED = 1 / 6  # of the shorter side: a track that goes at least so far has a direction
 _STAYED = 1 / 12  # of the shorter side: a track that goes at most so far stands still
-_LINK = 10.0  # pixels between frames within which detections belong to one track
+_LINK = 3 / 4  # of the shorter side: how far detections of one track may lie apart from frame to frame
 
 
 @dataclass
@@ -109,7 +109,7 @@ class Clip:
             free = list(tracks)
             for found in sorted(frame, key=lambda found: -found.score):
                 center = np.array([(found.box[0] + found.box[2]) / 2, (found.box[1] + found.box[3]) / 2])
-                track = _nearest(free, found, center)
+                track = _nearest(free, found, center, _LINK * self.side)
                 if track is None:
                     track = Track(found.cls, found.color, np.full((len(self.frames), 2), np.nan))
                     tracks.append(track)
@@ -119,9 +119,9 @@ class Clip:
         return tracks
 
 
-def _nearest(tracks: Sequence[Track], found: Detection, center: np.ndarray) -> Track | None:
-    """The track of the same class and colour that was last seen nearest to `center`, if near enough."""
-    best, least = None, _LINK
+def _nearest(tracks: Sequence[Track], found: Detection, center: np.ndarray, least: float) -> Track | None:
+    """The track of the same class and colour that was last seen nearest to `center`, if as near as `least`."""
+    best = None
     for track in tracks:
         if (track.cls, track.color) == (found.cls, found.color):
             last = track.points[~np.isnan(track.points[:, 0])][-1]
@@ -208,11 +208,14 @@ def _pushed(frame: np.ndarray, flow: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 
 def track_smoothness(clip: Clip) -> float | None:
-    """exp(-median length of the second differences of the tracks), pixels."""
+    """exp(-median length of the second differences, pixels) of a track, mean over tracks."""
     steps = [np.linalg.norm(np.diff(track.points, 2, axis=0), axis=1) for track in clip.tracks if track.whole]
-    lengths = np.concatenate(steps) if steps else np.zeros(0)
-    lengths = lengths[~np.isnan(lengths)]
-    return float(np.exp(-np.median(lengths))) if len(lengths) else None
+    known = [lengths[~np.isnan(lengths)] for lengths in steps]
+    return _mean([float(np.exp(-np.median(lengths))) for lengths in known if len(lengths)])
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if values else None
 
 
 def consistency(similarity: Callable[[int, int], float], frames: int) -> float:
@@ -352,10 +355,12 @@ def measure(clip: Clip, metadata: Mapping[str, Any]) -> dict[str, float | None]:
         values["object_class"] = share_of_frames(clip, _shows_all(include))
     elif tag == "two_object":
         values["multiple_objects"] = share_of_frames(clip, _shows_all(include))
-    elif tag == "colors":
+    elif tag == "colors" and "color" in include[0]:
         values["color"] = color(clip, include[0]["class"], include[0]["color"])
-    elif tag == "position":
-        relation = include[1]["position"][0]
-        values["spatial_relationship"] = spatial_relationship(clip, include[1]["class"], include[0]["class"], relation)
+    elif tag == "position" and "position" in include[-1]:
+        relation, index = include[-1]["position"]
+        values["spatial_relationship"] = spatial_relationship(
+            clip, include[-1]["class"], include[index]["class"], relation
+        )
         values["spatial_relationship_strict"] = float(np.mean([judge(metadata, found)[0] for found in clip.detections]))
     return values

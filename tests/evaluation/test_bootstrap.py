@@ -1,0 +1,56 @@
+"""Intervals against closed forms."""
+
+import numpy as np
+import pytest
+
+from rcm.evaluation.bootstrap import interval, paired_difference
+
+
+def test_interval_of_a_mean_is_that_of_the_normal_limit() -> None:
+    x = np.random.default_rng(1).normal(3, 2, 200)
+    found = interval(x, resamples=20_000)
+    assert found is not None
+    error = x.std() / np.sqrt(len(x))
+    assert found.value == pytest.approx(x.mean())
+    assert found.low == pytest.approx(x.mean() - 1.96 * error, abs=0.05 * error)
+    assert found.high == pytest.approx(x.mean() + 1.96 * error, abs=0.05 * error)
+    narrow = interval(x, resamples=20_000, confidence=0.68)
+    assert narrow is not None
+    assert narrow.high - narrow.low == pytest.approx(2 * 0.9945 * error, rel=0.03)
+
+
+def test_strata_weigh_equally_and_are_resampled_apart() -> None:
+    rng = np.random.default_rng(2)
+    a, b = rng.normal(0, 1, 300), rng.normal(10, 3, 50)
+    found = interval([*a, *b], ["a"] * 300 + ["b"] * 50, resamples=20_000)
+    assert found is not None
+    assert found.value == pytest.approx((a.mean() + b.mean()) / 2)
+    error = np.sqrt(a.var() / 300 + b.var() / 50) / 2
+    assert found.high - found.low == pytest.approx(2 * 1.96 * error, rel=0.04)
+
+
+def test_missing_values_are_left_out() -> None:
+    found = interval([1.0, None, 3.0, float("nan")])
+    assert found is not None
+    assert (found.value, found.count) == (2.0, 2)
+    assert interval([None, None]) is None
+    assert interval([]) is None
+    constant = interval([0.5] * 7)
+    assert constant is not None
+    assert constant.value == constant.low == constant.high == 0.5
+
+
+def test_pairs_are_compared_prompt_by_prompt_and_repeatably() -> None:
+    rng = np.random.default_rng(3)
+    prompts = rng.normal(0, 5, 100)
+    a, b = prompts + rng.normal(0.5, 0.1, 100), prompts
+    found = paired_difference(a, b)
+    assert found is not None
+    assert 0.4 < found.low < 0.5 < found.high < 0.6  # although the prompts themselves spread by 5
+    assert found == paired_difference(a, b)
+    assert found != paired_difference(a, b, seed=1)
+    some = paired_difference([1.0, None, 3.0], [0.0, 1.0, None])
+    assert some is not None
+    assert (some.value, some.count) == (1.0, 1)
+    with pytest.raises(ValueError, match=r"3 and 2"):
+        paired_difference([1, 2, 3], [1, 2])
