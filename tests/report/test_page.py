@@ -55,7 +55,7 @@ class Reader(HTMLParser):
         return " ".join(" ".join(self.words).split())
 
 
-def record(root: Path, path: str, stage: str, *inputs: str, seconds: float = 3.0) -> None:
+def record(root: Path, path: str, stage: str, *inputs: str, seconds: float = 3.0, facts: Any = None) -> None:
     """Provenance of an artefact whose content is named by its path."""
     target = root / path
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +67,12 @@ def record(root: Path, path: str, stage: str, *inputs: str, seconds: float = 3.0
     said |= {"inputs": [{"path": name, "sha256": sha(name)} for name in inputs]}
     target.with_name(target.name + ".prov.json").write_text(json.dumps(said))
     run = {"artefact": path, "stage": stage, "started": "2025-01-01T00:00:00+00:00", "wall_seconds": seconds}
-    run |= {"peak_mib": 812.0, "host": {"system": "Linux", "cpu": "a processor", "cores": 2}, "versions": {}}
+    run |= {
+        "facts": facts or {},
+        "peak_mib": 812.0,
+        "host": {"system": "Linux", "cpu": "a processor", "cores": 2},
+        "versions": {},
+    }
     target.with_name(target.name + ".run.json").write_text(json.dumps(run))
 
 
@@ -89,6 +94,10 @@ def tree(
             (root / path).write_text(json.dumps(score))
             record(root, path, "evaluate", f"data/{media}/samples/{score['model']}")
             record(root, f"data/{media}/samples/{score['model']}", "sample", "data/student.safetensors")
+    for model, seconds in (("teacher-20", 8.0), ("rcm-0-4", 2.0)):
+        for part in ("1-of-2", "2-of-2"):
+            path = f"data/images/samples/{model}/report/{part}"
+            record(root, path, "sample", facts={"samples": 100, "sampling_seconds": seconds})
     record(root, "data/student.safetensors", "distill", "data/checkpoints/transformer.pth", seconds=300)
     (results / "tables").mkdir()
     for name, media in (("table1", "images"), ("table2", "clips")):
@@ -171,6 +180,10 @@ def test_times_come_from_benchmarks_and_else_from_runs(read: Reader) -> None:
     assert "synthesize 2 2.4 min 71.5 s 902" in read.text
     assert "distill 1 5.0 min 5.0 min 812" in read.text
     assert "2 cores of a processor" in read.text
+
+
+def test_speed_is_told_beside_the_teacher(read: Reader) -> None:
+    assert "images Teacher 20 80.0 images rCM 4 20.0 4.0 ×" in read.text
 
 
 def test_each_score_is_followed_to_the_checkpoint(read: Reader) -> None:

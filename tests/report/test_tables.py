@@ -108,6 +108,7 @@ def test_no_table_when_the_controls_fail(
     controls = [c for c in controls if c["model"] != model] + [scored(model, 0, "images", quality)]
     with pytest.raises(UserError, match=r"ground truth has|renders of other prompts have"):
         make_table("table1", models, controls, published)
+    assert make_table("table1", models, controls, published, oracle_at_least=0.5, floor_at_most=0.5)
 
 
 def test_no_table_without_controls(scores: Scores, published: Path) -> None:

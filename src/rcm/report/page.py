@@ -17,7 +17,7 @@ from PIL import Image
 from rcm.artefact import UserError, read_json
 from rcm.report.figures import chosen_prompts, sample_runs
 from rcm.report.findings import findings
-from rcm.report.scores import CONTROLS, Estimate, Run, Score, compare, in_order, number, ratio, reported
+from rcm.report.scores import CONTROLS, Estimate, Run, Score, compare, in_order, number, ratio, reported, run_of
 from rcm.report.tables import SUBJECTS, from_csv, panels
 
 FRAME_MS = 160  # of a clip on the page
@@ -73,6 +73,7 @@ def report_page(
         clips=_clips(folders),
         config=yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True) if config else "",
         times=_times(folders, runs),
+        speeds=_speeds(runs),
         host=_host(runs),
         chains=_chains(records),
     )
@@ -236,6 +237,31 @@ def _times(folders: Sequence[Path], runs: Sequence[Mapping[str, Any]]) -> list[d
             "share": sum(s for s, _ in found) / longest,
         }
         for stage, found in sorted(jobs.items(), key=lambda item: (order.get(item[0], len(order)), item[0]))
+    ]
+
+
+def _speeds(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Seconds a sample by medium, model and number of steps, from what the sample stage noted of itself."""
+    found: dict[tuple[str, Run], list[tuple[int, float]]] = defaultdict(list)
+    for run in runs:
+        facts = run.get("facts", {})
+        parts = Path(run["artefact"]).parts  # .../{media}/samples/{model}-{steps}/{suite}/{part}
+        if run["stage"] == "sample" and facts.get("samples") and "sampling_seconds" in facts:
+            model, _, steps = parts[-3].rpartition("-")
+            found[parts[-5], run_of(model, int(steps))].append((facts["samples"], facts["sampling_seconds"]))
+    each = {
+        key: sum(seconds for _, seconds in jobs) / sum(samples for samples, _ in jobs) for key, jobs in found.items()
+    }
+    teachers = {medium: seconds for (medium, who), seconds in each.items() if who.method == "teacher"}
+    return [
+        {
+            "medium": medium,
+            "run": who,
+            "each": each[medium, who],
+            "faster": f"{teachers[medium] / each[medium, who]:.1f} ×" if medium in teachers else "",
+        }
+        for medium, who in sorted(each, key=lambda key: (key[0] != "images", key[1].order))
+        if who.method not in CONTROLS and each[medium, who] > 0
     ]
 
 

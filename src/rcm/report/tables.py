@@ -121,12 +121,14 @@ class Panel:
     published: bool = field(default=False)
 
 
-def make_table(name: str, scores: Sequence[Score], controls: Sequence[Score], published: Path) -> dict[str, str]:
+def make_table(
+    name: str, scores: Sequence[Score], controls: Sequence[Score], published: Path, **limits: float
+) -> dict[str, str]:
     """`table1` (images) or `table2` (clips) as {"csv", "md", "tex"}, each the text of a file.
 
     `scores` are the score JSONs of teacher and students, `controls` those of oracle, codec and shuffled, `published`
-    the CSV of the paper's own table, which gets a panel of its own. Raises `UserError` when the controls fail: then the
-    evaluator, not a model, was measured.
+    the CSV of the paper's own table, which gets a panel of its own. Raises `UserError` when the controls fail, by
+    `limits` of `check_controls`: then the evaluator, not a model, was measured.
     """
     if name not in SUBJECTS:
         raise UserError(f"there is no table {name!r}; expected one of {', '.join(SUBJECTS)}")
@@ -137,7 +139,7 @@ def make_table(name: str, scores: Sequence[Score], controls: Sequence[Score], pu
     missing = [control for control in ("oracle", "shuffled") if control not in by_name]
     if missing:
         raise UserError(f"{name} needs the scores of the control {missing[0]}: without it a score means nothing")
-    check_controls(by_name["oracle"], by_name["shuffled"])
+    check_controls(by_name["oracle"], by_name["shuffled"], **limits)
     rows = [*_measured(name, "models", scores), *_measured(name, "controls", controls), *_published(name, published)]
     made = panels(rows)
     return {"csv": to_csv(rows), "md": to_markdown(name, made), "tex": to_latex(name, made)}
