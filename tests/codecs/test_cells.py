@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from rcm.codecs import CellCodec, build, from_pixels, to_pixels
 from rcm.data import prompts, world
 from rcm.training.pretrain import pictures

@@ -4,6 +4,7 @@ from itertools import product
 
 import numpy as np
 import pytest
+
 from rcm.data import prompts, world
 from rcm.evaluation.geneval import relations
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from rcm.networks import build
 
 SIZES = {"width": 96, "mlp_width": 160, "layers": 2, "heads": 4, "text_width": 40, "time_width": 32}

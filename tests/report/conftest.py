@@ -133,7 +133,7 @@ def write_metrics(path: Path, method: str, updates: int = 120) -> Path:
     for update in range(1, updates + 1):
         row: dict[str, Any] = {"role": "student", "update": update, "gradient_norm": 2 + rng.gamma(2.0, 0.4)}
         if method != "dmd":
-            row |= {"scm_loss": 1 + rng.normal(0, 0.02), "tangent_norm": 30 / update**0.3 * rng.gamma(9, 1 / 9)}
+            row |= {"scm_loss": 1 + rng.normal(0, 0.02), "scm_tangent_norm": 30 / update**0.3 * rng.gamma(9, 1 / 9)}
         if method != "scm":
             row |= {"dmd_loss": 60 / update**0.2 * rng.gamma(9, 1 / 9)}
             critic = {"role": "critic", "update": update, "critic_loss": 90 / update**0.1 * rng.gamma(9, 1 / 9)}

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from rcm.text import build
 
 CONFIG = {"kind": "words", "tokens": 12, "width": 256, "window": 3, "decay": 0.7}

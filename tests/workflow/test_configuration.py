@@ -1,6 +1,7 @@
 """Mistakes in the configuration: one sentence that names the key, what was given and what is allowed."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,27 @@ def test_config_dir_can_be_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("RCM_CONFIG_DIR", str(tmp_path))
     with pytest.raises(UserError, match="RCM_CONFIG_DIR"):
         config_dir()
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("extra: [1, 2", ("rcm.yaml", "line 6")),
+        ("name: rcm", ("rcm.yaml", "duplicate key name")),
+        ("nmae: rcm", ("'objective.nmae'", "did you mean 'objective.name'")),
+    ],
+)
+def test_a_mistake_in_a_file_is_one_sentence(
+    line: str, words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(ROOT / "config", tmp_path / "config")
+    (tmp_path / "config/objective/rcm.yaml").write_text(f"name: rcm\nscm_weight: 1\ndmd_weight: 1\n\n\n{line}\n")
+    monkeypatch.setenv("RCM_CONFIG_DIR", str(tmp_path / "config"))
+    with pytest.raises(UserError) as error:
+        compose()
+    assert "\n" not in str(error.value)
+    for word in words:
+        assert word in str(error.value)
 
 
 def pipeline() -> dict:

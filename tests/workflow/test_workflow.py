@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 RULES = {
     *("download_transformer", "download_codec", "convert", "prompts", "synthesize", "distill", "export"),
     *("sample_student", "sample_teacher", "sample_control", "evaluate", "table1", "table2"),
-    *("figure_samples", "figure_quality_diversity", "figure_training", "report", "all"),
+    *("figure_samples", "figure_clips", "figure_quality_diversity", "figure_training", "report", "all"),
 }
 
 Run = Callable[..., subprocess.CompletedProcess[str]]

@@ -64,13 +64,12 @@ rule convert:
         "python -m rcm convert {params.overrides} --checkpoint {input} --out {output} > {log} 2>&1"
 
 
-# Not part of the default target: what is shipped under assets/ came from here. Clips start from the teacher of images and
-# share its codec.
+# Not part of the default target: what is shipped under assets/ came from here. Clips share the codec of images.
 rule pretrain_teacher:
     input:
         branch(
             lambda wildcards: wildcards.media == "clips",
-            then=["<data>/images/pretrain/transformer.pth", "<data>/images/pretrain/codec.pth"],
+            then="<data>/images/pretrain/codec.pth",
             otherwise=[],
         ),
     output:
@@ -88,10 +87,10 @@ rule pretrain_teacher:
         cfg=numbers("pretrain"),
         code=lambda _: code_digest("pretrain"),
         overrides=overrides("pretrain"),
-        start=lambda wildcards, input: "--init {} --codec {}".format(*input) if input else "",
+        codec=lambda wildcards, input: f"--codec {input}" if input else "",
         resume=f"resume/{SCALE}/{{media}}/pretrain",
     message:
         "Train the teacher of {wildcards.media}; to watch: tail -f {log}"
     shell:
-        "python -m rcm pretrain {params.overrides} {params.start} --resume {params.resume} "
+        "python -m rcm pretrain {params.overrides} {params.codec} --resume {params.resume} "
         "--out {output.transformer} --codec-out {output.codec} > {log} 2>&1"

@@ -78,6 +78,27 @@ rule figure_samples:
         "python -m rcm figure --name figure_samples --inputs {input} --out {output} > {log} 2>&1"
 
 
+rule figure_clips:
+    input:
+        lambda _: samples("clips"),
+    output:
+        "<results>/figures/figure_clips.png",
+    log:
+        "<logs>/figure_clips.log",
+    benchmark:
+        "<logs>/benchmarks/figure/figure_clips.tsv"
+    threads: 1
+    resources:
+        mem_mb=800,
+        runtime=10,
+    params:
+        code=lambda _: code_digest("figure"),
+    message:
+        "Draw clips of teacher and students from the same noise, frame by frame"
+    shell:
+        "python -m rcm figure --name figure_clips --inputs {input} --out {output} > {log} 2>&1"
+
+
 rule figure_quality_diversity:
     input:
         lambda _: [*scores("images"), *scores("images", "controls")],

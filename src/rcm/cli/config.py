@@ -10,11 +10,13 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
+from functools import cache, reduce
 from itertools import pairwise
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -76,6 +78,8 @@ def _composed(overrides: Sequence[str]) -> dict[str, Any]:
         raise UserError(_unknown(match[1] if match else str(error), overrides)) from None
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise UserError(f"configuration with {' '.join(overrides)}: {str(error).splitlines()[0]}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"configuration: {' '.join(str(error).split())}") from None
     assert isinstance(tree, dict)
     return {str(key): value for key, value in tree.items()}
 
@@ -192,35 +196,20 @@ def _shown(value: Any) -> str:
 
 
 def _check_combinations(tree: Mapping[str, Any]) -> None:
-    network, codec, sampler = tree["network"], tree["codec"], tree["sampler"]
-    problems = [
-        (
-            network["width"] % (2 * network["heads"]) != 0,
-            "network.width",
-            network["width"],
-            "a multiple of 2 x network.heads",
-        ),
-        (network["in_channels"] != codec["channels"], "network.in_channels", network["in_channels"], "codec.channels"),
-        (
-            network["out_channels"] != codec["channels"],
-            "network.out_channels",
-            network["out_channels"],
-            "codec.channels",
-        ),
-        (network["text_width"] != tree["text"]["width"], "network.text_width", network["text_width"], "text.width"),
-        (
-            (tree["frames"] == 1) != (tree["media"] == "images") or (tree["frames"] - 1) % codec["stride"] != 0,
-            "frames",
-            tree["frames"],
-            f"1 for images, 1 + a multiple of codec.stride ({codec['stride']}) for clips",
-        ),
-    ]
-    for wrong, key, given, allowed in problems:
-        if wrong:
-            raise UserError(_sentence(key, given, allowed))
-    times = [math.atan(sampler["sigma_max"]), *sampler["mid_times"], 0.0]
-    if any(later >= earlier for earlier, later in pairwise(times)):
-        allowed = f"numbers that fall, between atan(sampler.sigma_max) = {times[0]:.4f} and 0"
-        raise UserError(_sentence("sampler.mid_times", sampler["mid_times"], allowed))
-    if not any(value > 0 for value in tree["suites"]["train"]["weights"].values()):
-        raise UserError(_sentence("suites.train.weights", tree["suites"]["train"]["weights"], "at least one above 0"))
+    def require(fits: bool, key: str, allowed: str) -> None:
+        if not fits:
+            raise UserError(_sentence(key, reduce(getitem, key.split("."), tree), allowed))
+
+    network, codec, frames = tree["network"], tree["codec"], tree["frames"]
+    require(network["width"] % (2 * network["heads"]) == 0, "network.width", "a multiple of 2 x network.heads")
+    require(network["in_channels"] == codec["channels"], "network.in_channels", "codec.channels")
+    require(network["out_channels"] == codec["channels"], "network.out_channels", "codec.channels")
+    require(network["text_width"] == tree["text"]["width"], "network.text_width", "text.width")
+    stride = codec["stride"]
+    fits = frames == 1 if tree["media"] == "images" else frames > 1 and (frames - 1) % stride == 0
+    require(fits, "frames", f"1 for images, 1 + a multiple of codec.stride ({stride}) for clips")
+    times = [math.atan(tree["sampler"]["sigma_max"]), *tree["sampler"]["mid_times"], 0.0]
+    allowed = f"numbers that fall, between atan(sampler.sigma_max) = {times[0]:.4f} and 0"
+    require(all(later < earlier for earlier, later in pairwise(times)), "sampler.mid_times", allowed)
+    weights = tree["suites"]["train"]["weights"]
+    require(any(weights.values()), "suites.train.weights", "at least one above 0")

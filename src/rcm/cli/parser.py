@@ -79,7 +79,6 @@ STAGES: dict[str, Stage] = {
         (
             Option("--out", "the transformer, FILE.pth"),
             Option("--codec-out", "the codec, FILE.pth"),
-            Option("--init", "a transformer to start from, FILE.pth; otherwise random weights", required=False),
             Option("--codec", "a codec to train on, FILE.pth; otherwise one is fitted", required=False),
             Option("--resume", "folder of the unfinished state; a run that was killed goes on from it"),
         ),

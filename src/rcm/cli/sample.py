@@ -1,6 +1,7 @@
 """The stage `sample`: pictures or clips of a suite of prompts, in GenEval's folder layout."""
 
 import json
+import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -31,16 +32,21 @@ def sample(arguments: Namespace) -> None:
     numbers |= {"samples": suite["samples"], "steps": arguments.steps, "part": arguments.part}
     numbers |= {"control": arguments.control}
     inputs = [path for path in (arguments.checkpoint, arguments.codec, arguments.prompts) if path is not None]
-    with recording(arguments.out, stage="sample", inputs=inputs, config=numbers, seed=suite["seed"]):
+    with recording(arguments.out, stage="sample", inputs=inputs, config=numbers, seed=suite["seed"]) as facts:
         captions = read_prompts(arguments.prompts)
         make = _maker(arguments, config, captions, suite["seed"])
         jobs = jobs_of(arguments.part, len(captions), suite["samples"])
+        seconds = 0.0
         with atomic_folder(arguments.out) as folder, Progress("sample", len(jobs), "samples") as progress:
             for start in range(0, len(jobs), batch):
                 chosen = jobs[start : start + batch]
-                for job, frames in zip(chosen, make(chosen), strict=True):
+                began = time.perf_counter()
+                made = make(chosen)
+                seconds += time.perf_counter() - began
+                for job, frames in zip(chosen, made, strict=True):
                     _write(folder, job, captions[job[0]], frames)
                 progress.advance(len(chosen))
+        facts |= {"samples": len(jobs), "sampling_seconds": round(seconds, 3)}
 
 
 def _write(folder: Path, job: Job, caption: Metadata, frames_THWC: np.ndarray) -> None:

@@ -35,7 +35,7 @@ def pretrain(arguments: Namespace) -> None:
 
     config = compose(arguments.overrides)
     numbers = {key: config[key] for key in ("media", "frames", "network", "codec", "text", "prompts", "pretrain")}
-    inputs = [path for path in (arguments.init, arguments.codec) if path is not None]
+    inputs = [arguments.codec] if arguments.codec is not None else []
     outputs, seed = (arguments.out, arguments.codec_out), config["pretrain"]["seed"]
     with recording(*outputs, stage="pretrain", inputs=inputs, config=numbers, seed=seed):
         decoder, encoder = rcm.codecs.build(config["codec"]), rcm.text.build(config["text"])
@@ -45,10 +45,8 @@ def pretrain(arguments: Namespace) -> None:
         save_pth(arguments.codec_out, decoder.state_dict())
         torch.manual_seed(seed)
         teacher = rcm.networks.build(config["network"])
-        if arguments.init is not None:
-            load_into(teacher, load_pth(arguments.init), str(arguments.init))
         train(config, teacher, scenes, resume_dir=arguments.resume, metrics_path=arguments.resume / "metrics.jsonl")
-        save_pth(arguments.out, teacher.state_dict())
+        save_pth(arguments.out, {name: value.bfloat16() for name, value in teacher.state_dict().items()})
         with atomic_file(beside(arguments.out, ".metrics.jsonl")) as path:
             shutil.copyfile(arguments.resume / "metrics.jsonl", path)
     remove_states(arguments.resume)

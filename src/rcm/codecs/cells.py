@@ -51,7 +51,9 @@ class CellCodec(nn.Module):
         """Latents (B, C, T, rows, columns) of a video. Raises ValueError for a size that does not divide."""
         frames, height, width = video_BCTHW.shape[2:]
         if (frames - 1) % self.stride or height % self.cell or width % self.cell:
-            raise ValueError(f"video of {frames} x {height} x {width}: need 1 + {self.stride}k frames, sides of {self.cell}")
+            raise ValueError(
+                f"video of {frames} x {height} x {width}: need 1 + {self.stride}k frames, sides of {self.cell}"
+            )
         latents = (self._cells(video_BCTHW[:, :, :: self.stride]) - self.mean) @ self.basis.T / self.scale
         return latents.permute(0, 4, 1, 2, 3)
 

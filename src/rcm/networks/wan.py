@@ -11,8 +11,9 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from flash_jvp import attention
 from torch import Tensor, nn
+
+from flash_jvp import attention
 
 
 def sinusoid(position: Tensor, size: int) -> Tensor:
@@ -155,16 +156,16 @@ class WanTransformer(nn.Module):
         if width % heads or (width // heads) % 2:
             raise ValueError(f"width {width} does not split into {heads} heads of even size")
         self.heads, self.out_channels, self.time_width, self.time_scale = heads, out_channels, time_width, time_scale
-        self.patch = tuple(patch)
+        p, q, r = patch
+        self.patch = (p, q, r)
         self.patch_embedding = PatchEmbedding(in_channels, width, self.patch, self.patch)
         self.text_embedding = nn.Sequential(nn.Linear(text_width, width), nn.GELU("tanh"), nn.Linear(width, width))
         self.time_embedding = nn.Sequential(nn.Linear(time_width, width), nn.SiLU(), nn.Linear(width, width))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
         self.blocks = nn.ModuleList(Block(width, mlp_width, heads, eps) for _ in range(layers))
         self.head = Head(width, math.prod(self.patch) * out_channels, eps)
-        self.positions = (
-            nn.ParameterList(torch.randn(length, width) * 0.02 for length in positions) if positions else None
-        )
+        # at the scale of the tokens: a small start stays small, for what it adds can be used only together with the text
+        self.positions = nn.ParameterList(torch.randn(n, width) for n in positions) if positions else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -174,8 +175,8 @@ class WanTransformer(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
-        for sequence in (self.text_embedding, self.time_embedding):
-            for layer in (sequence[0], sequence[2]):
+        for layer in (*self.text_embedding, *self.time_embedding):
+            if isinstance(layer, nn.Linear):
                 nn.init.normal_(layer.weight, std=0.02)
         nn.init.zeros_(self.head.head.weight)
 

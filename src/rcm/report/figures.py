@@ -324,7 +324,7 @@ def _bars(value: float, low: float, high: float) -> np.ndarray | None:
 
 _CURVES = (  # role, key, heading, whether the scale is logarithmic
     ("student", "scm_loss", "sCM loss", False),
-    ("student", "tangent_norm", "Tangent norm", True),
+    ("student", "scm_tangent_norm", "Tangent norm", True),
     ("student", "gradient_norm", "Gradient norm, student", True),
     ("student", "dmd_loss", "DMD loss", True),
     ("critic", "critic_loss", "Critic loss", True),

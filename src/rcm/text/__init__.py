@@ -5,6 +5,8 @@ from typing import Any
 
 from .words import WordEncoder
 
+__all__ = ["WordEncoder", "build"]
+
 
 def build(config: Mapping[str, Any]) -> WordEncoder:
     """Build an encoder from `{"kind": "words", ...}`. Raises ValueError for an unknown kind."""
