@@ -14,7 +14,7 @@ _NEIGHBOURS = ((0, 1), (0, -1), (1, 0), (-1, 0))
 
 
 class CellCodec(nn.Module):
-    """Encode and decode video (B, 3, F, H, W) in [-1, 1], F = 1 + stride·(T - 1), to latents (B, C, T, H/cell, W/cell)."""
+    """Between video (B, 3, F, H, W) in [-1, 1], F = 1 + stride·(T - 1), and latents (B, C, T, H / cell, W / cell)."""
 
     mean: Tensor
     basis: Tensor
@@ -52,7 +52,7 @@ class CellCodec(nn.Module):
         frames, height, width = video_BCTHW.shape[2:]
         if (frames - 1) % self.stride or height % self.cell or width % self.cell:
             raise ValueError(
-                f"video of {frames} x {height} x {width}: need 1 + {self.stride}k frames, sides of {self.cell}"
+                f"video of {frames} x {height} x {width}: need 1 + {self.stride}k frames, sides of {self.cell}k"
             )
         latents = (self._cells(video_BCTHW[:, :, :: self.stride]) - self.mean) @ self.basis.T / self.scale
         return latents.permute(0, 4, 1, 2, 3)

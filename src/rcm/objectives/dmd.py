@@ -1,4 +1,4 @@
-"""DMD: distribution matching of the student's own samples, and the critic (fake score) that it needs (arXiv 2510.08431, algorithm 1).
+"""DMD: distribution matching of the student's own samples, and the critic (fake score) that it needs.
 
 Notation: C = cos t, S = sin t, f a denoiser, F a TrigFlow velocity. Shapes: N steps, B samples, C channels, T frames,
 H × W. There is no adversarial branch.
@@ -51,7 +51,7 @@ def dmd_loss(
     """‖x0 - sg(x0 - d)‖² with d = (f_fake - f_teacher) / m, both denoisers at x_t = C x0 + S noise.
 
     x0 is the student's sample, with the gradient of its last step alone; m = mean |x0 - f_teacher| of the sample, at
-    least 1e-5; the teacher is guided, the fake score is not. The gradient in x0 is 2 d. (arXiv 2510.08431, algorithm 1.)
+    least 1e-5; the teacher is guided, the fake score is not. The gradient in x0 is 2 d. (arXiv 2510.08431, alg. 1.)
 
     Args:
         rollout: times and noises of the student's sample.

@@ -30,7 +30,7 @@ _CHUNK = 2000  # scenes drawn at once
 
 @dataclass(frozen=True)
 class World:
-    """Scenes as latents (N, C, T, H, W), their captions as rows of `texts` (M + 1, L, D), whose last is the empty one."""
+    """Scenes as latents (N, C, T, H, W); captions as rows of `texts` (M + 1, L, D), whose last is the empty one."""
 
     latents: Tensor
     captions: Tensor
@@ -60,7 +60,7 @@ def pictures(metadatas: list[prompts.Metadata], seed: int, frames: int, start: i
 
 
 def draw_world(config: Mapping[str, Any], codec: CellCodec, encoder: WordEncoder) -> World:
-    """Draw and encode the training scenes. A codec that is not fitted yet (all zeros) is fitted to the first of them."""
+    """Draw and encode the training scenes; a codec that is all zeros is fitted to the first of them."""
     settings, frames = config["pretrain"], config["frames"]
     metadatas = captions(config)
     if not codec.basis.any():
