@@ -107,7 +107,7 @@ def _stencil(shape: str, fill: str) -> tuple[np.ndarray, np.ndarray]:
 def render(scene: Scene, frames: int = 1) -> np.ndarray:
     """Draw a scene: uint8 (frames, SIZE, SIZE, 3). A moving shape advances one cell in `FRAMES_PER_CELL` frames."""
     step = CELL // FRAMES_PER_CELL
-    video = np.full((frames, SIZE, SIZE, 3), scene.background)
+    video = np.full((frames, SIZE, SIZE, 3), float(scene.background))
     for t in range(frames):
         for i, thing in enumerate(scene.things):
             coverage, brightness = _stencil(thing.shape, thing.fill)
