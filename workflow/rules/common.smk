@@ -37,8 +37,11 @@ def check_pipeline():
             f"configuration key 'scale' is {json.dumps(config['scale'])}; allowed: the scales that have experiments "
             f"in config/experiment/, {', '.join(scales)}"
         )
-    if config["clips"] not in ("all", *config["methods"]):
-        raise UserError(f"configuration key 'clips' is {config['clips']!r}; allowed: all, or one of methods")
+    if "table2" in config["tables"] and config["clips"] not in ("all", *config["methods"]):
+        raise UserError(
+            f"configuration key 'clips' is {json.dumps(config['clips'])}; allowed: all, or one of methods "
+            f"({', '.join(config['methods'])}), or leave table2 out of tables"
+        )
     for word in config["overrides"]:
         if word.lstrip("+~").partition("=")[0] in ("experiment", "objective", "seed", "suite"):
             raise UserError(
