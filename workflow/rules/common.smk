@@ -37,10 +37,11 @@ def check_pipeline():
             f"configuration key 'scale' is {json.dumps(config['scale'])}; allowed: the scales that have experiments "
             f"in config/experiment/, {', '.join(scales)}"
         )
-    if "table2" in config["tables"] and config["clips"] not in ("all", *config["methods"]):
+    clips = {"table2", "figure_clips"} & {*config["tables"], *config["figures"]}
+    if clips and config["clips"] not in ("all", *config["methods"]):
         raise UserError(
             f"configuration key 'clips' is {json.dumps(config['clips'])}; allowed: all, or one of methods "
-            f"({', '.join(config['methods'])}), or leave table2 out of tables"
+            f"({', '.join(config['methods'])}); or leave out {' and '.join(sorted(clips))}"
         )
     for word in config["overrides"]:
         if word.lstrip("+~").partition("=")[0] in ("experiment", "objective", "seed", "suite"):
