@@ -20,6 +20,7 @@ from rcm.cli.config import compose
 from rcm.cli.models import EXPORTED, codec, jobs_of, latent_shape, network, noise_of
 from rcm.cli.pictures import grid, png
 from rcm.cli.progress import Progress
+from rcm.cli.sources import code_digest
 from rcm.codecs import to_pixels
 from rcm.data.shards import read_shards
 from rcm.sampling import consistency_sample, few_step_times
@@ -45,7 +46,15 @@ def pretrain(arguments: Namespace) -> None:
         save_pth(arguments.codec_out, decoder.state_dict())
         torch.manual_seed(seed)
         teacher = rcm.networks.build(config["network"])
-        train(config, teacher, scenes, resume_dir=arguments.resume, metrics_path=arguments.resume / "metrics.jsonl")
+        with Progress("pretrain", config["pretrain"]["iterations"], "iterations") as progress:
+            train(
+                config,
+                teacher,
+                scenes,
+                resume_dir=arguments.resume,
+                metrics_path=arguments.resume / "metrics.jsonl",
+                advance=progress.advance,
+            )
         save_pth(arguments.out, {name: value.bfloat16() for name, value in teacher.state_dict().items()})
         with atomic_file(beside(arguments.out, ".metrics.jsonl")) as path:
             shutil.copyfile(arguments.resume / "metrics.jsonl", path)
@@ -68,12 +77,13 @@ def distill(arguments: Namespace) -> None:
                 f"{arguments.data[0]} holds latents of another shape than this experiment has; make it again"
             )
         shards = [content_sha256(path) for path in arguments.data]
+        inputs_of_state = {"teacher": content_sha256(arguments.teacher), "data": shards, "code": code_digest("distill")}
         teacher = network(config["network"], load_dcp(arguments.teacher), arguments.teacher)
         student, fake = (deepcopy(teacher).train().requires_grad_(True) for _ in range(2))
         iterations = Settings.of(config).schedule.iterations
         with Progress("distill", iterations, "iterations") as progress:
             train(
-                {**config, "inputs": {"teacher": content_sha256(arguments.teacher), "data": shards}},
+                {**config, "inputs": inputs_of_state},
                 student=student,
                 teacher=teacher,
                 fake=None if config["objective"]["name"] == "scm" else fake,

@@ -1,8 +1,7 @@
 """Train the tiny teacher from nothing: flow matching on scenes of the procedural world."""
 
-import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from rcm import randomness
 from rcm.artefact import UserError
@@ -68,7 +66,7 @@ def draw_world(config: Mapping[str, Any], codec: CellCodec, encoder: WordEncoder
     rows = {text: i for i, text in enumerate(sorted({m["prompt"] for m in metadatas}))}
     latents = [
         codec.encode(pictures(metadatas[start : start + _CHUNK], settings["seed"], frames, start))
-        for start in tqdm(range(0, len(metadatas), _CHUNK), "scenes", disable=not sys.stderr.isatty(), leave=False)
+        for start in range(0, len(metadatas), _CHUNK)
     ]
     return World(torch.cat(latents), torch.tensor([rows[m["prompt"]] for m in metadatas]), encoder.encode([*rows, ""]))
 
@@ -82,15 +80,21 @@ def flow_matching_loss(network: nn.Module, x0: Tensor, noise: Tensor, r_B: Tenso
 
 
 def pretrain(
-    config: Mapping[str, Any], network: nn.Module, scenes: World, *, resume_dir: Path, metrics_path: Path
+    config: Mapping[str, Any],
+    network: nn.Module,
+    scenes: World,
+    *,
+    resume_dir: Path,
+    metrics_path: Path,
+    advance: Callable[[int, str], None] | None = None,
 ) -> None:
     """Train `network` in place, which then carries the averaged weights; section `pretrain` of the configuration.
 
-    An interrupted run continues from its last state in `resume_dir`, bit for bit. Raises UserError where that state
-    belongs to another configuration.
+    `advance(iterations, note)` is told of progress. An interrupted run continues from its last state in `resume_dir`,
+    bit for bit. Raises UserError where that state belongs to another configuration.
     """
     s = dict(config["pretrain"])
-    identity = {**s, "network": dict(config["network"]), "codec": dict(config["codec"]), "text": dict(config["text"])}
+    identity = {key: config[key] for key in ("pretrain", "media", "frames", "prompts", "network", "codec", "text")}
     times = time_distribution(s["time"])
     optimizer = torch.optim.AdamW(
         network.parameters(), lr=s["lr"], betas=(0.9, s["beta2"]), weight_decay=s["weight_decay"], fused=True
@@ -105,16 +109,11 @@ def pretrain(
     if len(scenes.latents) < s["batch"]:
         raise UserError(f"pretrain.scenes is {len(scenes.latents)}, but a batch takes {s['batch']}")
     metrics = MetricsLog(metrics_path, step=first - 1)
-    began = told = time.monotonic()
-    bar = tqdm(
-        range(first, s["iterations"] + 1),
-        "pretrain",
-        total=s["iterations"],
-        initial=first - 1,
-        disable=not sys.stderr.isatty(),
-    )
+    began = time.monotonic()
+    if advance is not None:
+        advance(first - 1, "")
     positions = range(s["batch"])
-    for i in bar:
+    for i in range(first, s["iterations"] + 1):
         chosen = torch.tensor(batch_indices(len(scenes.latents), s["batch"], s["seed"], i))
 
         def uniform(purpose: str, step: int = i) -> Tensor:
@@ -137,8 +136,7 @@ def pretrain(
             metrics.flush()
             tensors = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema.state_dict()}
             save_state(resume_dir, i, tensors, identity)
-        if bar.disable and time.monotonic() - told > 30:
-            told = time.monotonic()
-            print(f"pretrain: step {i} of {s['iterations']}, loss {loss.item():.4f}", file=sys.stderr, flush=True)
+        if advance is not None:
+            advance(1, f"loss {loss.item():.4f}")
     metrics.close()
     ema.copy_to_network()
