@@ -9,9 +9,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, reduce
-from itertools import pairwise
 from operator import getitem
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rcm.artefact import UserError
 
 GROUPS = ("experiment", "objective", "network", "pretrain")
+PIXELS = 48  # sides of a picture: `rcm.data.world.SIZE`, without what that imports
 
 
 def config_dir() -> Path:
@@ -200,16 +200,50 @@ def _check_combinations(tree: Mapping[str, Any]) -> None:
         if not fits:
             raise UserError(_sentence(key, reduce(getitem, key.split("."), tree), allowed))
 
+    _check_network(tree, require)
+    _check_schedule(tree, require)
+    for key in ("suites.train.weights", "pretrain.weights"):
+        require(any(reduce(getitem, key.split("."), tree).values()), key, "at least one above 0")
+    # the cells of this codec are those of the tiny world, which has no scenes for other words
+    vocabulary = tree["prompts"]["vocabulary"]
+    require(vocabulary == "tiny", "prompts.vocabulary", "tiny, the words of the tiny world that is drawn here")
+
+
+def _check_network(tree: Mapping[str, Any], require: Callable[[bool, str, str], None]) -> None:
     network, codec, frames = tree["network"], tree["codec"], tree["frames"]
     require(network["width"] % (2 * network["heads"]) == 0, "network.width", "a multiple of 2 x network.heads")
     require(network["in_channels"] == codec["channels"], "network.in_channels", "codec.channels")
     require(network["out_channels"] == codec["channels"], "network.out_channels", "codec.channels")
     require(network["text_width"] == tree["text"]["width"], "network.text_width", "text.width")
-    stride = codec["stride"]
+    stride, cell, patch = codec["stride"], codec["cell"], network["patch"]
     fits = frames == 1 if tree["media"] == "images" else frames > 1 and (frames - 1) % stride == 0
     require(fits, "frames", f"1 for images, 1 + a multiple of codec.stride ({stride}) for clips")
-    times = [math.atan(tree["sampler"]["sigma_max"]), *tree["sampler"]["mid_times"], 0.0]
-    allowed = f"numbers that fall, between atan(sampler.sigma_max) = {times[0]:.4f} and 0"
-    require(all(later < earlier for earlier, later in pairwise(times)), "sampler.mid_times", allowed)
-    weights = tree["suites"]["train"]["weights"]
-    require(any(weights.values()), "suites.train.weights", "at least one above 0")
+    require(PIXELS % cell == 0, "codec.cell", f"a divisor of the {PIXELS} pixels of a side")
+    latents = [1 + (frames - 1) // stride, PIXELS // cell, PIXELS // cell]
+    fits = all(size % step == 0 for size, step in zip(latents, patch, strict=True))
+    require(fits, "network.patch", f"divisors of the latents {latents} along t, h, w")
+    tokens = [size // step for size, step in zip(latents, patch, strict=True)]
+    fits = all(have >= need for have, need in zip(network["positions"] or tokens, tokens, strict=True))
+    require(fits, "network.positions", f"null, or at least the tokens {tokens} along t, h, w")
+
+
+def _check_schedule(tree: Mapping[str, Any], require: Callable[[bool, str, str], None]) -> None:
+    times = [math.atan(tree["sampler"]["sigma_max"]), *tree["sampler"]["mid_times"]]
+    fits = times == sorted(times, reverse=True)
+    allowed = f"numbers above 0 that never rise, the first at most atan(sampler.sigma_max) = {times[0]:.4f}"
+    require(fits, "sampler.mid_times", allowed)
+    settings, objective = tree["distillation"], tree["objective"]
+    if objective["name"] == "rcm":
+        updates, alone = settings["student_updates"], settings["tangent_warmup"] + settings["scm_only"]
+        key = "distillation.tangent_warmup" if settings["tangent_warmup"] >= updates else "distillation.scm_only"
+        require(
+            alone < updates,
+            key,
+            "what leaves updates to DMD: distillation.tangent_warmup + distillation.scm_only "
+            f"({settings['tangent_warmup']} + {settings['scm_only']}) below distillation.student_updates ({updates})",
+        )
+    fixed = objective.get("rollout_times")
+    if objective["dmd_weight"] > 0 and fixed is not None:
+        need = settings["max_rollout"] - 1
+        allowed = f"null, or at least {need} times, one fewer than distillation.max_rollout"
+        require(len(fixed) >= need, "objective.rollout_times", allowed)
