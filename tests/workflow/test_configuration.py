@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from rcm.artefact import UserError
-from rcm.cli.config import compose, config_dir, options, read_schema, validate
+from rcm.cli.config import PIXELS, compose, config_dir, options, read_schema, validate
+from rcm.data import world
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,7 +39,7 @@ def test_clips_differ_from_images_in_what_their_file_says() -> None:
         ("teacher.steps=2.5", ("teacher.steps", "2.5", "an integer of at least 1")),
         ("seed=1e3", ("seed", "1000.0", "an integer")),
         ("distillation.batch=0", ("distillation.batch", "0", "at least 1")),
-        ("distillation.ema=1.0", ("distillation.ema", "1.0", "above 0 and below 1")),
+        ("distillation.ema=1.0", ("distillation.ema", "1.0", "above 0 and below 0.2886")),
         ("experiment=tiny-image", ("experiment", '"tiny-image"', "tiny-images", "did you mean")),
         ("objective=rmc", ("objective", '"rmc"', "dmd, rcm, scm")),
         ("suite=reprot", ("suite", '"reprot"', "did you mean 'report'")),
@@ -47,8 +48,18 @@ def test_clips_differ_from_images_in_what_their_file_says() -> None:
         ("network.heads=5", ("network.width", "network.heads")),
         ("network.in_channels=16", ("network.in_channels", "16", "codec.channels")),
         ("frames=4", ("frames", "4", "1 for images")),
-        ("sampler.mid_times=[1,2]", ("sampler.mid_times", "[1, 2]", "fall")),
+        ("sampler.mid_times=[1,1.2]", ("sampler.mid_times", "[1, 1.2]", "never rise")),
         ("sampler.mid_times=[1.57]", ("sampler.mid_times", "1.57", "sampler.sigma_max")),
+        ("distillation.student_updates=50", ("distillation.scm_only", "200", "(0 + 200)", "student_updates (50)")),
+        ("distillation.tangent_warmup=500", ("distillation.tangent_warmup", "500", "distillation.scm_only")),
+        ("pretrain.ema=0.3", ("pretrain.ema", "0.3", "below 0.2886")),
+        ("distillation.scm_time.name=shifted_uniform", ("distillation.scm_time", "shift: above 0", "~KEY")),
+        ("~pretrain.time.std", ("pretrain.time", "{name: lognormal, mean: NUMBER, std: above 0}")),
+        ("codec.cell=10", ("codec.cell", "10", "48 pixels")),
+        ("codec.cell=8", ("network.positions", "[3, 3, 3]", "[1, 6, 6]")),
+        ("network.patch=[1,2,2]", ("network.patch", "[1, 2, 2]", "[1, 3, 3]")),
+        ("prompts.vocabulary=coco", ("prompts.vocabulary", "coco", "tiny")),
+        ("checkpoints.codec.sha256=''", ("checkpoints.codec.sha256", "64 hexadecimal digits")),
         ("teacher.guidance.scale=1", ("teacher.guidance.scale", "no keys below")),
         ("teacher", ("teacher",)),
         ("frames=${nothing}", ("nothing",)),
@@ -61,6 +72,26 @@ def test_a_mistake_is_one_sentence(override: str, words: tuple[str, ...]) -> Non
     assert "\n" not in message
     for word in words:
         assert word in message
+
+
+def test_mistakes_of_several_keys() -> None:
+    with pytest.raises(UserError, match=r"'objective.rollout_times' is \[1.3\]; allowed: null, or at least 3 times"):
+        compose(["objective=dmd", "sampler.mid_times=[1.3]"])
+    tasks = compose()["pretrain"]["weights"]
+    with pytest.raises(UserError, match=r"'pretrain.weights'.*at least one above 0"):
+        compose([f"pretrain.weights.{task}=0" for task in tasks])
+
+
+def test_what_is_allowed_composes() -> None:
+    compose(["distillation.student_updates=50", "distillation.scm_only=20"])  # the example in the documents
+    compose(["objective=scm", "distillation.student_updates=50"])
+    compose(["sampler.mid_times=[1.3,1.0,1.0,0.6,0.6,0.3,0.3]"])  # the paper's eight steps
+    times = "distillation.scm_time"
+    compose([f"{times}.name=shifted_uniform", f"+{times}.shift=3", f"~{times}.mean", f"~{times}.std"])
+
+
+def test_the_world_has_the_size_that_is_checked() -> None:
+    assert world.SIZE == PIXELS
 
 
 def test_config_dir_can_be_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,6 +43,12 @@ def check_pipeline():
             f"configuration key 'clips' is {json.dumps(config['clips'])}; allowed: all, or one of methods "
             f"({', '.join(config['methods'])}); or leave out {' and '.join(sorted(clips))}"
         )
+    lacking = {"oracle", "shuffled"} - {*config["controls"]}
+    if config["tables"] and lacking:
+        raise UserError(
+            f"configuration key 'controls' is {json.dumps(config['controls'])}; allowed where tables are built: lists "
+            f"with oracle and shuffled, by which a table is trusted or refused; missing: {', '.join(sorted(lacking))}"
+        )
     for word in config["overrides"]:
         if word.lstrip("+~").partition("=")[0] in ("experiment", "objective", "seed", "suite"):
             raise UserError(
@@ -57,10 +63,13 @@ def tree(*words):
     return compose(words)
 
 
-def check_steps():
-    """Every number of steps needs its sampler times; composes the trees, so that a mistake there shows at once."""
+def check_trees():
+    """Compose the tree of every medium and method, so that a mistake there shows at once, and compare it with steps."""
     for media in ("images", "clips"):
-        times = 1 + len(tree(f"experiment={config['scale']}-{media}", *config["overrides"])["sampler"]["mid_times"])
+        experiment = f"experiment={config['scale']}-{media}"
+        for objective in ("", *(f"objective={method}" for method in config["methods"])):
+            composed = tree(*filter(None, (experiment, objective)), *config["overrides"])
+        times = 1 + len(composed["sampler"]["mid_times"])
         if max(config["steps"]) > times:
             raise UserError(
                 f"configuration key 'steps' is {config['steps']}; allowed: up to {times} steps for {media}, "
@@ -71,7 +80,7 @@ def check_steps():
 config.update(plain(config))
 try:
     check_pipeline()
-    check_steps()
+    check_trees()
 except UserError as mistake:
     sys.exit(f"snakemake: error: {mistake}")  # where WorkflowError would add the lines of this file
 SCALE = config["scale"]
@@ -99,10 +108,8 @@ READS = {
     "pretrain": ("media", "frames", "network", "codec", "text", "prompts", "pretrain"),
     "convert": ("network",),
     "synthesize": ("frames", "network", "codec", "text", "teacher", "suites.train", "evaluation.batch"),
-    "distill": (
-        *("media", "frames", "network", "codec", "text", "seed", "objective", "distillation"),
-        *("sampler", "prompts", "suites.dev.seed"),
-    ),
+    # previews, which read more, are not worth another training
+    "distill": ("media", "frames", "network", "codec", "text", "seed", "objective", "distillation"),
     "export": ("media", "frames", "network", "codec", "text", "seed", "objective", "sampler"),
     "sample student": ("frames", "codec", "suites.{suite}", "evaluation.batch"),
     "sample teacher": ("frames", "network", "codec", "text", "teacher", "suites.{suite}", "evaluation.batch"),
@@ -111,34 +118,30 @@ READS = {
     "table": ("evaluation.oracle_at_least", "evaluation.floor_at_most"),
     "report": ("",),
 }
-
-
-def values(stage, wildcards, words):
-    composed = tree(*chosen(wildcards), *words)
-    keys = [key.format(**wildcards) for key in READS[stage]]
-    return json.dumps({key: part(composed, key) for key in keys}, sort_keys=True)
+# ... except for these, which change no weights
+FREE = {"distill": {"distillation": ("state_every", "preview_every", "wandb")}}
 
 
 def numbers(stage, **fixed):
     """For params: the values that a stage reads, as JSON; `fixed` stands for wildcards that its files do not have."""
-    return lambda wildcards: values(stage, {**wildcards, **fixed}, config["overrides"])
+
+    def values(wildcards):
+        known = {**wildcards, **fixed}
+        composed = tree(*chosen(known), *config["overrides"])
+        read = {key: part(composed, key) for key in (key.format(**known) for key in READS[stage])}
+        for key, free in FREE.get(stage, {}).items():
+            read[key] = {name: value for name, value in read[key].items() if name not in free}
+        return json.dumps(read, sort_keys=True)
+
+    return values
 
 
 def overrides(stage, **fixed):
-    """For params: overrides for a stage's command line: what its wildcards choose, and of `overrides` what it reads."""
+    """For params: the overrides on a stage's command line, what its wildcards choose and those of the user.
 
-    def matters(word, wildcards):
-        others = [other for other in config["overrides"] if other != word]
-        try:
-            return values(stage, wildcards, others) != values(stage, wildcards, config["overrides"])
-        except UserError:  # the others need this one
-            return True
-
-    def words(wildcards):
-        known = {**wildcards, **fixed}
-        return shlex.join([*chosen(known), *(word for word in config["overrides"] if matters(word, known))])
-
-    return words
+    What they change is in `numbers`; Snakemake leaves params that ask for `threads` out of its comparison.
+    """
+    return lambda wildcards, threads: shlex.join([*chosen({**wildcards, **fixed}), *config["overrides"]])
 
 
 def students(media):
