@@ -15,7 +15,7 @@ from PIL import Image
 
 from rcm.artefact import UserError
 from rcm.report.figures import figure_quality_diversity, figure_samples
-from rcm.report.page import report_page
+from rcm.report.page import _belongs, report_page
 from rcm.report.scores import CONTROLS
 from rcm.report.tables import make_table
 
@@ -92,13 +92,14 @@ def tree(
         for score in found:
             path = f"results/{media}/scores/{score['model']}-{score['steps']}.json"
             (root / path).write_text(json.dumps(score))
-            record(root, path, "evaluate", f"data/{media}/samples/{score['model']}")
-            record(root, f"data/{media}/samples/{score['model']}", "sample", "data/student.safetensors")
+            samples = f"data/{media}/samples/{score['model']}-{score['steps']}/report/1-of-1"
+            record(root, path, "evaluate", samples)
+            record(root, samples, "sample", "data/images/rcm-0/student.safetensors")
     for model, seconds in (("teacher-20", 8.0), ("rcm-0-4", 2.0)):
         for part in ("1-of-2", "2-of-2"):
             path = f"data/images/samples/{model}/report/{part}"
             record(root, path, "sample", facts={"samples": 100, "sampling_seconds": seconds})
-    record(root, "data/student.safetensors", "distill", "data/checkpoints/transformer.pth", seconds=300)
+    record(root, "data/images/rcm-0/student.safetensors", "distill", "data/checkpoints/transformer.pth", seconds=300)
     (results / "tables").mkdir()
     for name, media in (("table1", "images"), ("table2", "clips")):
         models = [s for s in scores[media] if s["model"] not in CONTROLS]
@@ -118,10 +119,14 @@ def tree(
     return root
 
 
+def shown(tree: Path, pattern: str = "*") -> list[Any]:
+    found = sorted((tree / "results").glob(f"*/scores/{pattern}.json"))
+    return [json.loads(path.read_text()) for path in found if path.name.count(".") == 1]
+
+
 def page_of(tree: Path) -> str:
-    return report_page(
-        [tree / "results", tree / "data", tree / "logs"], config={"seed": 0, "objective": {"name": "rcm"}}
-    )
+    configuration = [("Configuration", "seed: 0\nobjective: {name: rcm}\n")]
+    return report_page(shown(tree), [tree / "results", tree / "data", tree / "logs"], configuration=configuration)
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +194,7 @@ def test_speed_is_told_beside_the_teacher(read: Reader) -> None:
 def test_each_score_is_followed_to_the_checkpoint(read: Reader) -> None:
     chain = read.text.partition("images/scores/rcm-0-4.json from")[2]
     checkpoint = hashlib.sha256(b"data/checkpoints/transformer.pth").hexdigest()[:12]
-    names = ["results/images/scores/rcm-0-4.json", "data/images/samples/rcm-0", "data/student.safetensors", checkpoint]
+    names = ["results/images/scores/rcm-0-4.json", "data/images/samples/rcm-0-4/", "student.safetensors", checkpoint]
     found = [chain.index(name) for name in names]
     assert found == sorted(found)
 
@@ -199,13 +204,45 @@ def test_same_files_same_page(tree: Path, page: str) -> None:
 
 
 def test_a_page_of_little_is_still_a_page(tmp_path: Path, tree: Path) -> None:
-    Reader(report_page([tmp_path]))
-    alone = tmp_path / "images" / "scores"
-    alone.mkdir(parents=True)
-    (alone / "rcm-0-4.json").write_text((tree / "results/images/scores/rcm-0-4.json").read_text())
-    assert "There are no scores" in Reader(report_page([tmp_path])).text
+    Reader(report_page([], [tmp_path]))
+    assert "There are no scores" in Reader(report_page(shown(tree, "rcm-0-4"), [tmp_path])).text
+
+
+def test_the_page_is_about_the_given_scores_only(tree: Path) -> None:
+    images = [s for s in shown(tree) if s["media"] == "images" and s["model"] != "rcm-0"]
+    page = Reader(report_page(images, [tree / "results", tree / "data", tree / "logs"]))
+    assert not page.text.count("rcm-0-4")  # neither a chain of provenance
+    assert "images Teacher 20 80.0" in page.text and "rCM 4 20.0" not in page.text  # nor a speed
+    assert {"images", "table1"} <= set(page.ids) and not {"clips", "table2"} & set(page.ids)
+
+
+@pytest.mark.parametrize(
+    ("stage", "path", "belongs"),
+    [
+        ("sample", "images-rcm-0-4-report-1-of-2.tsv", True),
+        ("sample", "images-rcm-0-2-report-1-of-2.tsv", False),
+        ("sample", "clips-rcm-0-4-report-1-of-2.tsv", False),
+        ("sample", "images-oracle-report-1-of-2.tsv", True),
+        ("sample", "/data/images/samples/rcm-0-4/report/1-of-2", True),
+        ("sample", "data/tiny/images/samples/rcm-1-4/report/1-of-2", False),
+        ("evaluate", "results/tiny/images/scores/rcm-0-4.json", True),
+        ("evaluate", "images-rcm-0-40.tsv", False),
+        ("distill", "images-rcm-0.tsv", True),
+        ("distill", "data/tiny/images/rcm-00/dcp", False),
+        ("synthesize", "images-1-of-2.tsv", True),
+    ],
+)
+def test_what_is_of_other_models_is_left_out(stage: str, path: str, belongs: bool) -> None:
+    scores = [{"media": "images", "model": model, "steps": steps} for model, steps in (("rcm-0", 4), ("oracle", 0))]
+    assert _belongs(stage, path, scores) == belongs
+
+
+def test_samples_in_folders_of_other_names_have_no_speed(tree: Path, tmp_path: Path) -> None:
+    for path in ("mine", "a/b/c/d", "images/samples/rcm-0/report/1-of-2"):
+        record(tmp_path, path, "sample", facts={"samples": 1, "sampling_seconds": 1.0})
+    report_page(shown(tree), [tmp_path])
 
 
 def test_a_folder_that_is_none_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere"):
-        report_page([tmp_path / "nowhere"])
+        report_page([], [tmp_path / "nowhere"])

@@ -141,8 +141,15 @@ rule figure_training:
         "python -m rcm figure --name figure_training --inputs {input} --out {output} > {log} 2>&1"
 
 
+def reported():
+    """Scores that the report is about: of the media whose tables are built."""
+    media = [name for name, table in (("images", "table1"), ("clips", "table2")) if table in config["tables"]]
+    return [path for name in media for path in [*scores(name), *scores(name, "controls")]]
+
+
 rule report:
     input:
+        scores=lambda _: reported(),
         tables=expand("<results>/tables/{table}.csv", table=config["tables"]),
         figures=expand("<results>/figures/{figure}.png", figure=config["figures"]),
         clips=lambda _: samples("clips") if "table2" in config["tables"] else [],
@@ -160,11 +167,12 @@ rule report:
         cfg=numbers("report"),
         code=lambda _: code_digest("report"),
         overrides=overrides("report"),
+        scores=lambda _, input: f"--scores {input.scores}" if input.scores else "",
         folders=[f"results/{SCALE}", f"data/{SCALE}", f"logs/{SCALE}"],
     message:
         "Write the report {output}"
     shell:
-        "python -m rcm report {params.overrides} --results {params.folders} --out {output} > {log} 2>&1"
+        "python -m rcm report {params.overrides} {params.scores} --results {params.folders} --out {output} > {log} 2>&1"
 
 
 rule pretrain:

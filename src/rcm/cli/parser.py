@@ -75,7 +75,7 @@ STAGES: dict[str, Stage] = {
     ),
     "pretrain": Stage(
         "rcm.cli.train:pretrain",
-        "Train the tiny teacher and its codec again from nothing (about an hour on two cores).",
+        "Train the tiny teacher and its codec again from nothing (half an hour a medium on one core).",
         (
             Option("--out", "the transformer, FILE.pth"),
             Option("--codec-out", "the codec, FILE.pth"),
@@ -103,7 +103,7 @@ STAGES: dict[str, Stage] = {
         ),
         "rcm synthesize --teacher data/tiny/images/teacher --prompts data/tiny/images/prompts/train.jsonl "
         "--shard 1-of-4 --out data/tiny/images/shards/1-of-4.tar",
-        overrides=f"{EXPERIMENT}  seed=N",
+        overrides=f"{EXPERIMENT}  suites.train.seed=N",
     ),
     "distill": Stage(
         "rcm.cli.train:distill",
@@ -199,10 +199,12 @@ STAGES: dict[str, Stage] = {
         "rcm.cli.score:report",
         "Gather tables, figures, clips, configuration, wall times and provenance in one self-contained HTML page.",
         (
-            Option("--results", "folders to report on", repeat=True),
+            Option("--scores", "the scores to report on, FILE.json ...", required=False, repeat=True),
+            Option("--results", "folders with tables, figures, samples, provenance and benchmarks", repeat=True),
             Option("--out", "the page, FILE.html"),
         ),
-        "rcm report --results results/tiny data/tiny benchmarks --out results/tiny/report.html",
+        "rcm report --scores results/tiny/{images,clips}/scores/{teacher-20,rcm-0-4,oracle-0}.json "
+        "--results results/tiny data/tiny logs/tiny --out results/tiny/report.html",
         overrides=EXPERIMENT,
     ),
     "generate": Stage(

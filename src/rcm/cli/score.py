@@ -3,6 +3,8 @@
 from argparse import Namespace
 from pathlib import Path
 
+import yaml
+
 from rcm.artefact import UserError, atomic_file, read_json, recording, write_json, write_text
 from rcm.cli.config import compose
 
@@ -65,8 +67,12 @@ def report(arguments: Namespace) -> None:
     from rcm.report.page import report_page
 
     config = compose(arguments.overrides)
-    patterns = ("*/scores/*.json", "tables/*.csv", "figures/*.png")
+    scores = arguments.scores or []
+    patterns = ("tables/*.csv", "figures/*.png")
     found = {path for folder in arguments.results for pattern in patterns for path in folder.glob(pattern)}
-    shown = sorted(path for path in found if not path.name.endswith((".prov.json", ".run.json")))
-    with recording(arguments.out, stage="report", inputs=shown, config=config):
-        write_text(arguments.out, report_page(arguments.results, config=config))
+    with recording(arguments.out, stage="report", inputs=[*scores, *sorted(found)], config=config):
+        text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+        page = report_page(
+            [read_json(path) for path in scores], arguments.results, configuration=[("Configuration", text)]
+        )
+        write_text(arguments.out, page)

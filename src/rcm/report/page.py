@@ -3,6 +3,7 @@
 import base64
 import csv
 import io
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import yaml
 from PIL import Image
 
 from rcm.artefact import UserError, read_json
@@ -30,6 +30,8 @@ CAPTIONS = {
     "is near 1 by construction; its information is in the gradient and in the norm of the tangent.",
     "figure_clips": "Clips as film strips, one sample a model and number of steps from the same initial noise.",
 }
+MEDIA = {"table1": "images", "table2": "clips"}
+PER_MODEL = {"distill": "model", "export": "model", "sample": "steps", "evaluate": "steps"}  # stages with jobs for each
 STAGES = (
     *("prompts", "download", "pretrain", "convert", "synthesize", "distill", "export", "sample", "evaluate"),
     *("table", "figure", "report"),
@@ -37,25 +39,34 @@ STAGES = (
 
 
 def report_page(
-    folders: Sequence[Path], *, config: Mapping[str, Any] | None = None, title: str = "rCM in miniature"
+    scores: Sequence[Score],
+    folders: Sequence[Path],
+    *,
+    configuration: Sequence[tuple[str, str]] = (),
+    title: str = "rCM in miniature",
 ) -> str:
     """The page as text.
 
     Args:
-        folders: searched for what is there: `{media}/scores/*.json`, `tables/*.csv` and `figures/*.png` (as in
-            `results/{scale}`), `clips/samples/{model}-{steps}/report/{part}/` (as in `data/{scale}`), and in any depth
-            `*.prov.json`, `*.run.json` and Snakemake's `benchmarks/{stage}/*.tsv`.
-        config: the composed configuration, shown as YAML.
+        scores: of the models and controls that the page is about. What the folders hold of others, such as of seeds
+            that were distilled before, is left out.
+        folders: searched for `tables/*.csv` and `figures/*.png` (as in `results/{scale}`),
+            `clips/samples/{model}-{steps}/report/{part}/` (as in `data/{scale}`), and in any depth `*.prov.json`,
+            `*.run.json` and Snakemake's `benchmarks/{stage}/*.tsv`.
+        configuration: headings and texts.
         title: heading of the page.
     """
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"{folder} is no folder; give the folders of results and data, such as results/tiny")
-    scores = [read_json(path) for path in _files(folders, "*/scores/*.json") if not _is_companion(path)]
-    tables = {path.stem: panels(from_csv(path.read_text(encoding="utf-8"))) for path in _files(folders, "tables/*.csv")}
+    found = {path.stem: path for path in _files(folders, "tables/*.csv")}
+    others = {name for name, medium in MEDIA.items() if medium not in _mediums(scores)}
+    tables = {name: panels(from_csv(found[name].read_text("utf-8"))) for name in sorted(found.keys() - others)}
     figures = {path.stem: path for path in _files(folders, "figures/*.png")}
-    runs = [read_json(path) for path in _files(folders, "**/*.run.json")]
-    records = [read_json(path) for path in _files(folders, "**/*.prov.json")]
+    runs, records = (
+        [said for said in map(read_json, _files(folders, pattern)) if _belongs(said["stage"], said["artefact"], scores)]
+        for pattern in ("**/*.run.json", "**/*.prov.json")
+    )
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(lambda name: resources.files(__package__).joinpath(name).read_text("utf-8")),
         autoescape=True,
@@ -68,11 +79,11 @@ def report_page(
         number=number,
         lead=_lead(scores),
         media=_media(scores),
-        tables=[(name, SUBJECTS.get(name, name), tables[name]) for name in sorted(tables)],
+        tables=[(name, SUBJECTS.get(name, name), made) for name, made in tables.items()],
         figures={name: _picture(path) for name, path in figures.items()},
-        clips=_clips(folders),
-        config=yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True) if config else "",
-        times=_times(folders, runs),
+        clips=_clips(folders, scores),
+        configuration=configuration,
+        times=_times(folders, runs, scores),
         speeds=_speeds(runs),
         host=_host(runs),
         chains=_chains(records),
@@ -85,8 +96,18 @@ def _files(folders: Iterable[Path], pattern: str) -> list[Path]:
     return list({path.resolve(): path for path in found}.values())
 
 
-def _is_companion(path: Path) -> bool:
-    return path.name.endswith((".prov.json", ".run.json"))
+def _belongs(stage: str, path: str | Path, scores: Iterable[Score]) -> bool:
+    """Whether an artefact or a benchmark is of a model that the page is about, or of none.
+
+    Artefacts are `{media}/{student}/...`, `{media}/samples/{model}-{steps}/...` and `{media}/scores/{model}-{steps}.*`;
+    benchmarks the same with dashes, where controls have no steps.
+    """
+    if stage not in PER_MODEL:
+        return True
+    place = re.sub(r"/(samples/|scores/)?", "-", str(path))
+    names = {f"{s['media']}-{s['model']}" for s in scores if PER_MODEL[stage] == "model" or s["model"] in CONTROLS}
+    names |= {f"{s['media']}-{s['model']}-{s['steps']}" for s in scores if PER_MODEL[stage] == "steps"}
+    return any(re.search(rf"(^|-){re.escape(name)}([-.]|$)", place) for name in names)
 
 
 # --- What was measured ---------------------------------------------------------------------------------------------
@@ -177,12 +198,12 @@ def _picture(path: Path) -> dict[str, Any]:
     }
 
 
-def _clips(folders: Sequence[Path], count: int = 6) -> dict[str, Any] | None:
+def _clips(folders: Sequence[Path], scores: Sequence[Score], count: int = 6) -> dict[str, Any] | None:
     """Clips of the report suite as animations: a row a prompt, a column a model and number of steps."""
-    parts = {
-        path.resolve(): path for folder in folders for path in sorted(folder.glob("clips/samples/*/report/*-of-*"))
-    }
-    runs = [s for s in sample_runs(p for p in parts.values() if p.is_dir()) if s.run.method not in CONTROLS]
+    shown = [s for s in scores if s["media"] == "clips" and s["model"] not in CONTROLS]
+    names = {f"{score['model']}-{score['steps']}" for score in shown}
+    parts = [path for path in _files(folders, "clips/samples/*/report/*-of-*") if path.is_dir()]
+    runs = sample_runs(path for path in parts if path.parts[-3] in names)
     if not runs:
         return None
     rows = []
@@ -210,11 +231,13 @@ def _animated(clip: Any) -> bytes:
 # --- Times and provenance ------------------------------------------------------------------------------------------
 
 
-def _times(folders: Sequence[Path], runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _times(folders: Sequence[Path], runs: Sequence[Mapping[str, Any]], scores: Sequence[Score]) -> list[dict[str, Any]]:
     """Jobs, seconds and peak memory by stage: from Snakemake's benchmarks, for stages without any from `.run.json`."""
     jobs: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for path in _files(folders, "**/benchmarks/**/*.tsv"):
         stage = path.stem if path.parent.name == "benchmarks" else path.parent.name
+        if not _belongs(stage, path.name, scores):
+            continue
         for line in csv.DictReader(path.read_text(encoding="utf-8").splitlines(), delimiter="\t"):
             memory = line.get("max_rss", "")  # "-" or "NA" for a job too short to be looked at
             jobs[stage].append((float(line["s"]), float(memory) if memory[:1].isdecimal() else 0.0))
@@ -245,10 +268,10 @@ def _speeds(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     found: dict[tuple[str, Run], list[tuple[int, float]]] = defaultdict(list)
     for run in runs:
         facts = run.get("facts", {})
-        parts = Path(run["artefact"]).parts  # .../{media}/samples/{model}-{steps}/{suite}/{part}
-        if run["stage"] == "sample" and facts.get("samples") and "sampling_seconds" in facts:
-            model, _, steps = parts[-3].rpartition("-")
-            found[parts[-5], run_of(model, int(steps))].append((facts["samples"], facts["sampling_seconds"]))
+        place = re.search(r"([^/]+)/samples/([^/]+)-(\d+)/[^/]+/[^/]+$", run["artefact"])
+        if place and run["stage"] == "sample" and facts.get("samples") and "sampling_seconds" in facts:
+            medium, model, steps = place.groups()
+            found[medium, run_of(model, int(steps))].append((facts["samples"], facts["sampling_seconds"]))
     each = {
         key: sum(seconds for _, seconds in jobs) / sum(samples for samples, _ in jobs) for key, jobs in found.items()
     }
