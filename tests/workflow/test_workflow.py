@@ -83,7 +83,7 @@ def test_lint(snakemake: Run) -> None:
         (("overrides=[teacher.step=3]",), r"'teacher.step' .* did you mean 'teacher.steps'"),
         (("steps=[8]",), r"configuration key 'steps' is \[8\]; .*sampler.mid_times"),
         (("overrides=[distillation.student_updates=50]",), r"'distillation.scm_only' is 200; .*student_updates \(50\)"),
-        (("overrides=[sampler.mid_times=[1.3]]", "steps=[1]"), r"'objective.rollout_times' is \[1.3\]"),
+        (('overrides=["sampler.mid_times=[1.3]"]', "steps=[1]"), r"'objective.rollout_times' is \[1.3\]"),
         (("controls=[oracle]",), r"'controls' is \[\"oracle\"\]; .*missing: shuffled"),
     ],
 )
