@@ -108,9 +108,9 @@ def _not_below_dmd(own: _Scores) -> Finding:
     found = compare(difference, OVERALL, rcm, dmd)
     if found is None:
         return _missing(own, claim, "rCM and DMD with four steps")
-    verdict = _judge(found.low >= -MARGIN, found.high >= 0)
+    verdict = _judge(found.low >= -MARGIN and found.high >= 0, found.high >= 0)
     tail = {
-        SHOWN: f"a deficit of more than {MARGIN:g} is excluded",
+        SHOWN: f"a deficit of more than {MARGIN:g} is excluded, and rCM is not below DMD beyond the interval",
         NOT_SHOWN: f"rCM is not below DMD beyond the interval, but a deficit of {MARGIN:g} is not excluded either",
         CONTRADICTED: "rCM is below DMD beyond the interval",
     }[verdict]
@@ -160,11 +160,11 @@ def _one_two_four(own: _Scores) -> Finding:
     if first is None or second is None:
         return _missing(own, claim, "rCM with one, two and four steps")
     gain = _judge(first.low > 0, first.high > 0)
-    flat = SHOWN if second.low >= -MARGIN and second.high <= MARGIN else NOT_SHOWN
+    flat = SHOWN if -MARGIN <= second.low <= 0 and second.high <= MARGIN else NOT_SHOWN
     if second.low > MARGIN or second.high < -MARGIN:
         flat = CONTRADICTED
     sentence = (
         f"From one to two steps ShapeEval overall changes by {_signed(first)} ({gain}), from two to four by "
-        f"{_signed(second)} (equal within {MARGIN:g}: {flat}). {_seeds(own.of('rcm', 2))}"
+        f"{_signed(second)} (within {MARGIN:g}, and no gain beyond the interval: {flat}). {_seeds(own.of('rcm', 2))}"
     )
     return Finding(own.media, claim, _together([gain, flat]), sentence)
