@@ -24,7 +24,18 @@ def test_doctor_names_every_part(run: Run, monkeypatch: pytest.MonkeyPatch, caps
     assert set(expected.split()) <= lines.keys()
     assert lines["wandb"] == "absent: metrics go to JSON lines only"
     assert lines["ffmpeg"].startswith("absent")
+    assert all(lines[name].endswith("not used yet") for name in doctor.PLANNED)
     run("doctor")
+
+
+def test_doctor_promises_the_pipeline_only_with_snakemake(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known = doctor.installed
+    monkeypatch.setattr(doctor, "installed", lambda name: None if name == "snakemake" else known(name))
+    doctor.doctor(Namespace())
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert "one by one" in last and "every stage" not in last
 
 
 def test_doctor_looks_for_what_is_installed_by_the_project() -> None:

@@ -1,5 +1,6 @@
 """Mistakes and damage: one sentence that names the file or key, exit status 2, nothing written."""
 
+import errno
 from collections.abc import Callable
 from pathlib import Path
 
@@ -128,6 +129,26 @@ def test_a_place_that_cannot_be_written(mini: Mini, fail: Run, tmp_path: Path) -
     fail(*generate, "--out", tmp_path / "file" / "x.png")
     (tmp_path / "x.png").mkdir()
     fail(*generate, "--out", tmp_path / "x.png")
+
+
+def test_a_fault_of_the_system_without_a_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("rcm.cli.data.compose", full)
+    assert main(["prompts", "--out", str(tmp_path / "x.jsonl")]) == 2
+    assert capsys.readouterr().err == "rcm prompts: error: No space left on device\n"
+
+
+def test_samples_that_cannot_be(mini: Mini, fail: Run, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"tag": "single_object", "include": [{"class": "bear", "count": 1}], "prompt": "a bear"}\n')
+    common = ("--codec", mini.codec, "--prompts", prompts, "--part", "1-of-1", "--out", tmp_path / "out")
+    assert "the tiny world has no 'bear'" in fail("sample", "--control", "oracle", "--steps", 0, *common)
+    said = fail("sample", "codec.stride=2", "--checkpoint", mini.student, "--steps", 1, *common)
+    assert "was made for the codec" in said and '"stride": 2' in said
 
 
 def test_interruption(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -49,7 +49,9 @@ def test_bytes_that_are_no_text(mini: Mini, fail: Run, tmp_path: Path) -> None:
         ("", "has no words"),
         ("🔴", "has no words"),
         ("a corgi on a skateboard", "knows only shapes (circle, square, triangle, star, cross) and colours (red,"),
-        ("red " * 2_500, "only its first"),
+        ("red " * 2_500, "only its first 12 of 2500 words"),
+        ("a photo of the " + "red " * 12, ""),  # filler words take no room
+        ("red " * 13, "only its first 12 of 13 words"),
     ],
 )
 def test_notes(prompt: str, note: str, mini: Mini, run: Run, tmp_path: Path) -> None:

@@ -37,9 +37,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"rcm {name}: error: {one_line(str(mistake))}", file=sys.stderr)
         return 2
     except OSError as fault:
-        if fault.filename is None or fault.strerror is None:
+        if fault.strerror is None:
             raise
-        print(f"rcm {name}: error: {one_line(str(fault.filename))}: {fault.strerror}", file=sys.stderr)
+        place = "" if fault.filename is None else f"{one_line(str(fault.filename))}: "  # a full disk has no name
+        print(f"rcm {name}: error: {place}{fault.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\nrcm {name}: interrupted; no unfinished output was left, run it again to go on", file=sys.stderr)

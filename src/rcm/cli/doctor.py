@@ -16,10 +16,8 @@ OPTIONAL = {  # distribution: what happens without it
     "snakemake": "stages must be run one by one: pip install snakemake",
     "wandb": "metrics go to JSON lines only",
     "dvc": "results are not versioned, everything else works",
-    "triton": "the PyTorch attention kernel is used",
-    "flash-attn": "attention uses PyTorch",
-    "transformer-engine": "norms use PyTorch",
 }
+PLANNED = ("triton", "flash-attn", "transformer-engine")  # the extra `gpu`
 
 
 def doctor(arguments: argparse.Namespace) -> None:
@@ -29,7 +27,11 @@ def doctor(arguments: argparse.Namespace) -> None:
         print(line)
     if missing:
         raise UserError(f"missing {', '.join(missing)}: run `make setup`, or `pip install {' '.join(missing)}`")
-    print("\nthis machine can run every stage of the scale tiny")
+    print(
+        "\nthis machine can run every stage of the scale tiny"
+        if installed("snakemake")
+        else "\nthis machine can run the stages of the scale tiny one by one; the whole pipeline needs snakemake"
+    )
 
 
 def installed(distribution: str) -> str | None:
@@ -58,6 +60,7 @@ def packages() -> list[str]:
     """What is installed, and what is used instead of what is not."""
     lines = [line(name, installed(name) or "MISSING") for name in REQUIRED]
     lines += [line(name, installed(name) or f"absent: {instead}") for name, instead in OPTIONAL.items()]
+    lines += [line(name, f"{installed(name) or 'absent'}: not used yet") for name in PLANNED]
     return [*lines, line("ffmpeg", ffmpeg())]
 
 

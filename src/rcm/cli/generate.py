@@ -12,6 +12,7 @@ from rcm.cli.models import codec, student
 from rcm.cli.pictures import check_suffix, encode, enlarged
 from rcm.codecs import to_pixels
 from rcm.data import world
+from rcm.text import WordEncoder
 
 # words of the captions that the tiny networks were trained on
 KNOWN = {
@@ -65,9 +66,11 @@ def remarks(prompt: str, encoder: object) -> Sequence[str]:
     if not words:
         return ["the prompt has no words, so the student shows what it likes"]
     found = []
-    limit = getattr(encoder, "tokens", None)
-    if limit is not None and len(words) > 3 * limit:
-        found.append(f"the prompt is long: only its first {limit} words that say something are used")
+    if isinstance(encoder, WordEncoder):
+        everything = WordEncoder(tokens=sys.maxsize, width=encoder.width, window=encoder.window, decay=encoder.decay)
+        count = len(everything.words(prompt))
+        if count > encoder.tokens:
+            found.append(f"the prompt is long: only its first {encoder.tokens} of {count} words are used")
     if not any(word.removesuffix("s") in KNOWN or word in KNOWN for word in words):
         found.append(
             f"the tiny model knows only shapes ({', '.join(world.SHAPES)}) and colours ({', '.join(world.COLORS)}); "

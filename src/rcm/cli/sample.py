@@ -78,6 +78,9 @@ def _maker(arguments: Namespace, config: Mapping[str, Any], captions: Sequence[M
     if few.settings["frames"] != config["frames"]:
         made = few.settings["frames"]
         raise UserError(f"{arguments.checkpoint} makes {made} frames a sample, but the experiment {config['frames']}")
+    if few.settings["codec"] != config["codec"]:
+        made, here = (json.dumps(settings["codec"]) for settings in (few.settings, config))
+        raise UserError(f"{arguments.checkpoint} was made for the codec {made}, but the experiment has {here}")
     few.times(arguments.steps)  # before any work is done
     steps = arguments.steps
     return lambda jobs: _decoded(decoder, few.sample(_text(few, captions, jobs), jobs, steps=steps, seed=seed))
@@ -95,8 +98,11 @@ def _decoded(decoder: Any, latents_BCTHW: Tensor) -> np.ndarray:
 
 def _truth(captions: Sequence[Metadata], jobs: Sequence[Job], frames: int, seed: int) -> np.ndarray:
     """Ground truth: a scene of each job's caption, drawn by seed and job."""
-    scenes = (world.sample_scene(captions[p], np.random.default_rng([seed, p, s])) for p, s in jobs)
-    return np.stack([world.render(scene, frames) for scene in scenes])
+    try:
+        scenes = [world.sample_scene(captions[p], np.random.default_rng([seed, p, s])) for p, s in jobs]
+        return np.stack([world.render(scene, frames) for scene in scenes])
+    except ValueError as error:
+        raise UserError(f"no ground truth for these prompts: {error}") from error
 
 
 def _shuffled(captions: Sequence[Metadata], jobs: Sequence[Job], seed: int) -> list[Job]:
