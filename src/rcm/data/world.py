@@ -7,7 +7,7 @@ one cell in four frames.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from itertools import product
 from typing import Any
@@ -199,8 +199,3 @@ def sample_scene(metadata: Mapping[str, Any], rng: np.random.Generator) -> Scene
         for (shape, color), cell in zip(wanted, cells, strict=True)
     )
     return Scene(things, float(rng.uniform(*BACKGROUND)), direction)
-
-
-def still(scene: Scene) -> Scene:
-    """The same scene without motion."""
-    return replace(scene, direction=None)

@@ -52,7 +52,7 @@ class Settings:
     tangent_constant: float  # c in g / (||g|| + c)
     max_rollout: int  # N_max: rollouts of 1, 2, ... N_max steps take turns
     rollout_times: Sequence[float] | None  # times behind pi/2 of the student's rollouts; null: drawn from p_D
-    # phases; sCM alone and DMD alone have no warm-up for the other to join
+    # phases; sCM alone has the first only, DMD alone starts with the critic's
     tangent_warmup: int  # H: student updates by sCM alone, in which the tangent's weight rises to 1
     scm_only: int  # rCM: further student updates by sCM alone, before DMD joins
     critic_warmup: int  # critic updates on the student's rollouts before DMD joins
@@ -80,11 +80,16 @@ class Settings:
             )
         if method == "rcm" and self.tangent_warmup + self.scm_only >= self.student_updates:
             raise UserError(
-                f"tangent_warmup {self.tangent_warmup} and scm_only {self.scm_only} leave DMD none of "
-                f"the {self.student_updates} student_updates"
+                f"distillation.tangent_warmup {self.tangent_warmup} and distillation.scm_only {self.scm_only} "
+                f"leave DMD none of the {self.student_updates} student_updates; "
+                "allowed: a sum below distillation.student_updates"
             )
         if self.rollout_times is not None and len(self.rollout_times) < self.max_rollout - 1:
-            raise UserError(f"rollouts of {self.max_rollout} steps need {self.max_rollout - 1} rollout_times")
+            need = self.max_rollout - 1
+            raise UserError(
+                f"distillation.max_rollout is {self.max_rollout}, rollouts of so many steps need {need} rollout_times; "
+                f"objective.rollout_times has {len(self.rollout_times)}; allowed: null, or at least {need}"
+            )
         if self.student_every < 1 or self.max_rollout < 1 or self.batch < 1:
             raise UserError("student_every, max_rollout and batch must be at least 1")
         if self.lr_decay not in ("constant", "cosine"):

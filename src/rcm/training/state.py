@@ -35,7 +35,7 @@ def load_state(folder: Path, config: Mapping[str, Any]) -> tuple[int, dict[str, 
     for path in _states(folder):
         try:
             header = read_json(path / "state.json")
-            whole = header["sha256"] == sha256_file(path / "state.pt")
+            whole = header["step"] == int(path.name) and header["sha256"] == sha256_file(path / "state.pt")
         except (OSError, UserError, KeyError, TypeError):
             whole = False
         if not whole:

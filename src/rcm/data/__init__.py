@@ -1,0 +1,1 @@
+"""The tiny world, captions and suites of prompts, and shards of latents."""
