@@ -15,7 +15,7 @@ def with_values(values: Any, *, tags: list[str] | None = None, key: str = "shape
 
 @pytest.mark.parametrize(
     ("model", "run"),
-    [("rcm-1", Run("rcm", 1, 4)), ("teacher", Run("teacher", None, 4)), ("dmd2-0", Run("dmd2", 0, 4))],
+    [("rcm-1", Run("rcm", 1, 4)), ("teacher", Run("teacher", None, 4)), ("other-0", Run("other", 0, 4))],
 )
 def test_models_are_methods_and_seeds(model: str, run: Run) -> None:
     assert run_of(model, 4) == run
@@ -50,6 +50,13 @@ def test_overall_weighs_tasks_not_prompts() -> None:
     assert (found.low, found.high) == pytest.approx(
         (0.5, 0.5)
     )  # prompts of one task are all alike: nothing to resample
+
+
+def test_overall_of_frames_weighs_tasks_too() -> None:
+    score = with_values([1, 1, 1, 0], tags=["x", "x", "x", "y"], key="shapeeval_frames.overall")
+    found = compare(lambda mean: mean, "shapeeval_frames.overall", [score])
+    assert found is not None
+    assert found.value == 0.5
 
 
 def test_equal_scores_differ_by_nothing() -> None:

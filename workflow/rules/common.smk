@@ -114,7 +114,7 @@ READS = {
     "sample student": ("frames", "codec", "suites.{suite}", "evaluation.batch"),
     "sample teacher": ("frames", "network", "codec", "text", "teacher", "suites.{suite}", "evaluation.batch"),
     "sample control": ("frames", "codec", "suites.{suite}", "evaluation.batch"),
-    "evaluate": ("media", "evaluation.bootstrap", "evaluation.confidence"),
+    "evaluate": ("media", "evaluation.bootstrap"),
     "table": ("evaluation.oracle_at_least", "evaluation.floor_at_most"),
     "report": ("",),
 }

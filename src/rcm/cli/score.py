@@ -17,8 +17,7 @@ def evaluate(arguments: Namespace) -> None:
     config = compose(arguments.overrides)
     model, steps = model_and_steps(arguments.out)
     settings, diversity = config["evaluation"], arguments.diversity or []
-    bootstrap = {"resamples": settings["bootstrap"], "confidence": settings["confidence"]}
-    numbers = {"media": config["media"], "model": model, "steps": steps, **bootstrap}
+    numbers = {"media": config["media"], "model": model, "steps": steps, "resamples": settings["bootstrap"]}
     inputs = [*arguments.samples, *diversity]
     with recording(arguments.out, arguments.results, stage="evaluate", inputs=inputs, config=numbers):
         made = score(arguments.samples, diversity, **numbers)

@@ -69,7 +69,6 @@ def evaluate(
     model: str,
     steps: int,
     resamples: int = 1000,
-    confidence: float = 0.95,
     seed: int = 0,
 ) -> Evaluation:
     """Score a model.
@@ -79,7 +78,7 @@ def evaluate(
         diversity_samples: folders with the parts of the diversity suite, if it was sampled.
         media: images | clips.
         model, steps: who made the samples; only passed on.
-        resamples, confidence, seed: of the bootstrap over prompts.
+        resamples, seed: of the bootstrap over prompts.
     """
     prompts = list_samples(samples)
     results: list[dict[str, Any]] = []
@@ -97,7 +96,7 @@ def evaluate(
         "version": VERSION,
         "detector": f"{shapes.ShapeDetector.__name__} {shapes.SLOPE} {shapes.OFFSET}",
         "prompts_sha256": _sha256(prompts),
-        "bootstrap": {"resamples": resamples, "confidence": confidence, "seed": seed},
+        "bootstrap": {"resamples": resamples, "seed": seed},
     }
     if diversity_samples:
         others = list_samples(diversity_samples)
@@ -110,7 +109,7 @@ def evaluate(
             "minimum": diversity.MINIMUM,
         }
     metrics = {
-        key: _metric(key, per_prompt[key], tags, resamples=resamples, confidence=confidence, seed=seed)
+        key: _metric(key, per_prompt[key], tags, resamples=resamples, seed=seed)
         for key in sorted(per_prompt.keys() - {"tag"}, key=_order(per_prompt))
     }
     scores = {
@@ -198,13 +197,18 @@ def _diversity(item: PromptSamples, media: str, seed: int) -> tuple[dict[str, fl
 
 def _metric(key: str, values: Sequence[float | None], tags: Sequence[str], **options: Any) -> dict[str, Any]:
     family, _, name = key.partition(".")
-    strata = tags if name == "overall" and family in OVERALL else None
-    found = interval(values, strata, **options)
+    found = interval(values, strata_of(key, tags), **options)
     kind = shapebench.KINDS[name] if family == "shapebench" else KINDS.get(family, "analogue")
     numbers: dict[str, float | None] = {"value": None, "low": None, "high": None, "n_prompts": 0}
     if found is not None:
         numbers = {"value": found.value, "low": found.low, "high": found.high, "n_prompts": found.count}
     return {**numbers, "kind": kind}
+
+
+def strata_of(key: str, tags: Sequence[str]) -> Sequence[str] | None:
+    """The strata of a metric's prompts: the tasks for an overall score, which is the mean of their means."""
+    family, _, name = key.partition(".")
+    return tags if name == "overall" and family in OVERALL else None
 
 
 def check_controls(

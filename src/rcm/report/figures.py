@@ -29,8 +29,6 @@ COLORS = {  # Okabe and Ito's palette, told apart by readers with colour-blindne
     "scm": "#0072b2",
     "dmd": "#d55e00",
     "rcm": "#009e73",
-    "dcm": "#56b4e9",
-    "dmd2": "#cc79a7",
 }
 MARKERS = {"teacher": "*", "scm": "s", "dmd": "^", "rcm": "o"}
 _STYLE = {

@@ -6,9 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from rcm.evaluation import bootstrap
+from rcm.evaluation.scores import strata_of
+
 Score = Mapping[str, Any]
 
-METHODS = {"teacher": "Teacher", "scm": "sCM", "dcm": "dCM", "dmd": "DMD", "dmd2": "DMD2", "rcm": "rCM"}
+METHODS = {"teacher": "Teacher", "scm": "sCM", "dmd": "DMD", "rcm": "rCM"}
 CONTROLS = {"oracle": "Ground truth", "codec": "Ground truth, codec", "shuffled": "Another prompt"}
 LABELS = {
     "single_object": "Single",
@@ -21,8 +24,6 @@ LABELS = {
     "pixels.distance": "Pixel distance",
     "psnr": "PSNR",
 }
-RESAMPLES = 2000
-SEED = 43
 
 
 @dataclass(frozen=True)
@@ -96,59 +97,23 @@ def reported(score: Score, key: str) -> Estimate:
     return Estimate(*(float("nan") if x is None else float(x) for x in (entry["value"], low, high)))
 
 
-def per_prompt(score: Score, key: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """A metric by prompt, NaN where a prompt has none, and the prompts' strata; None for a metric of the whole only.
+def compare(statistic: Callable[..., np.ndarray], key: str, *groups: Sequence[Score]) -> Estimate | None:
+    """A statistic of the means of groups of scores with its interval, by the bootstrap of the first score's evaluator.
 
-    ShapeEval overall is the mean of the means of the six tasks, so its strata are the tasks.
+    A group holds the scores of one model, one a training seed. Returns None where a score lacks values by prompt, or
+    none is common to all.
     """
-    values = score.get("per_prompt", {})
-    if key not in values:
+    found = [[score.get("per_prompt", {}).get(key) for score in group] for group in groups]
+    if not all(found) or any(values is None for group in found for values in group):
         return None
-    found = np.array([float("nan") if x is None else x for x in values[key]], dtype=float)
-    strata = np.array(values["tag"]) if key == "shapeeval.overall" else np.zeros(len(found), dtype=int)
-    return found, strata
-
-
-def compare(
-    statistic: Callable[..., np.ndarray], key: str, *groups: Sequence[Score], resamples: int = RESAMPLES
-) -> Estimate | None:
-    """A statistic of the means of groups of scores, with a paired bootstrap interval of 95 %.
-
-    A group holds the scores of one model, one a training seed. Every resample draws prompts within their strata, the
-    same for all groups, and seeds within each group; prompts without a value in any score are left out of all. Returns
-    None where a score lacks values by prompt or none is common to all.
-    """
-    pairs = [[per_prompt(score, key) for score in group] for group in groups]
-    if not all(group and all(pair is not None for pair in group) for group in pairs):
+    if len({len(values) for group in found for values in group}) != 1:
         return None
-    matrices = [np.stack([pair[0] for pair in group if pair is not None]) for group in pairs]
-    strata = next(pair[1] for pair in pairs[0] if pair is not None)
-    if len({matrix.shape[1] for matrix in matrices}) != 1:
-        return None
-    valid = ~np.isnan(np.concatenate(matrices)).any(axis=0)
-    if not valid.any():
-        return None
-    rng = np.random.default_rng(SEED)
-    names = np.unique(strata[valid])
-    weights = np.zeros((resamples + 1, len(strata)))  # row 0: every prompt once
-    for name in names:
-        members = np.flatnonzero(valid & (strata == name))
-        drawn = rng.multinomial(len(members), np.full(len(members), 1 / len(members)), size=resamples)
-        weights[0, members] = 1
-        weights[1:, members] = drawn
-        weights[:, members] /= len(members) * len(names)
-    means = []
-    for matrix in matrices:
-        count = len(matrix)
-        drawn = rng.multinomial(count, np.full(count, 1 / count), size=resamples)
-        seeds = np.concatenate([np.ones((1, count)), drawn]) / count
-        means.append(((weights @ np.nan_to_num(matrix).T) * seeds).sum(axis=1))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        result = statistic(*means)
-    if not np.isfinite(result).all():
-        return None
-    low, high = np.percentile(result[1:], [2.5, 97.5])
-    return Estimate(float(result[0]), float(low), float(high))
+    first = groups[0][0]
+    strata = strata_of(key, first["per_prompt"]["tag"])
+    said = first.get("evaluator", {}).get("bootstrap", {})
+    options = {name: said[name] for name in ("resamples", "seed") if name in said}
+    made = bootstrap.compare(statistic, *found, strata=strata, **options)
+    return None if made is None else Estimate(made.value, made.low, made.high)
 
 
 def ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
