@@ -170,7 +170,7 @@ def test_a_table_is_refused_where_the_controls_fail(run: Run, fail: Run, tmp_pat
     good, blind, lucky = score("oracle-0", 0.99), score("shuffled-0", 0.05), score("rcm-0-4", 0.8)
     table = ("table", "--name", "table1", "--scores", lucky, "--out-dir", tmp_path / "tables")
     table += ("--published", Path(__file__).parents[2] / "config/published/table1.csv", "--controls")
-    assert "lacks the scores of shuffled" in fail(*table, good)
+    assert "needs the scores of the control shuffled" in fail(*table, good)
     assert "0.940" in fail(*table, score("oracle-0", 0.94), blind)
     good = score("oracle-0", 0.99)
     assert "0.110" in fail(*table, good, score("shuffled-0", 0.11))
