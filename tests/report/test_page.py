@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from rcm.artefact import UserError
+from rcm.cli.score import _configuration
 from rcm.report.figures import figure_quality_diversity, figure_samples
 from rcm.report.page import _belongs, report_page
 from rcm.report.scores import CONTROLS
@@ -241,6 +242,15 @@ def test_samples_in_folders_of_other_names_have_no_speed(tree: Path, tmp_path: P
     for path in ("mine", "a/b/c/d", "images/samples/rcm-0/report/1-of-2"):
         record(tmp_path, path, "sample", facts={"samples": 1, "sampling_seconds": 1.0})
     report_page(shown(tree), [tmp_path])
+
+
+def test_the_configuration_is_of_both_media_and_all_methods() -> None:
+    scores = [{"model": model} for model in ("teacher", "dmd-0", "rcm-0", "oracle")]
+    built, images, clips = _configuration(["experiment=tiny-images", "teacher.steps=7"], scores).values()
+    assert built["scale"] == "tiny"
+    assert (images["frames"], images["teacher"]["steps"]) == (1, 7)
+    assert [objective["name"] for objective in images["objectives"].values()] == ["dmd", "rcm"]
+    assert clips["frames"] == 9 and "teacher" not in clips
 
 
 def test_a_folder_that_is_none_is_one_sentence(tmp_path: Path) -> None:

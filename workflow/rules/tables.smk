@@ -164,9 +164,9 @@ rule report:
         mem_mb=800,
         runtime=10,
     params:
-        cfg=numbers("report"),
+        cfg=lambda wildcards: [numbers("report", media=media)(wildcards) for media in ("images", "clips")],
         code=lambda _: code_digest("report"),
-        overrides=overrides("report"),
+        overrides=shlex.join([f"experiment={SCALE}-images", *config["overrides"]]),
         scores=lambda _, input: f"--scores {input.scores}" if input.scores else "",
         folders=[f"results/{SCALE}", f"data/{SCALE}", f"logs/{SCALE}"],
     message:

@@ -1,12 +1,14 @@
 """Stages behind the samples: evaluate, table, figure, report."""
 
 from argparse import Namespace
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from rcm.artefact import UserError, atomic_file, read_json, recording, write_json, write_text
-from rcm.cli.config import compose
+from rcm.cli.config import compose, config_dir, options
 
 
 def evaluate(arguments: Namespace) -> None:
@@ -65,13 +67,51 @@ def report(arguments: Namespace) -> None:
     """Make the HTML page."""
     from rcm.report.page import report_page
 
-    config = compose(arguments.overrides)
-    scores = arguments.scores or []
+    paths = arguments.scores or []
+    scores = [read_json(path) for path in paths]
+    config = _configuration(arguments.overrides, scores)
     patterns = ("tables/*.csv", "figures/*.png")
     found = {path for folder in arguments.results for pattern in patterns for path in folder.glob(pattern)}
-    with recording(arguments.out, stage="report", inputs=[*scores, *sorted(found)], config=config):
-        text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
-        page = report_page(
-            [read_json(path) for path in scores], arguments.results, configuration=[("Configuration", text)]
-        )
-        write_text(arguments.out, page)
+    with recording(arguments.out, stage="report", inputs=[*paths, *sorted(found)], config=config):
+        texts = [(heading, yaml.safe_dump(part, sort_keys=False, width=120)) for heading, part in config.items()]
+        write_text(arguments.out, report_page(scores, arguments.results, configuration=texts))
+
+
+def _configuration(overrides: Sequence[str], scores: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What the page shows of the configuration: what is built, the images' numbers, and the clips' other ones."""
+    experiment, words = "experiment=tiny-images", []
+    for word in overrides:
+        if word.startswith("experiment="):
+            experiment = word
+        elif not word.startswith(("objective=", "seed=", "suite=")):
+            words.append(word)
+    methods = [name for name in options("objective") if any(str(s["model"]).startswith(f"{name}-") for s in scores)]
+    images, clips = (
+        _of_medium([f"{experiment.rpartition('-')[0]}-{media}", *words], methods) for media in ("images", "clips")
+    )
+    built = yaml.safe_load((config_dir() / "pipeline.yaml").read_text(encoding="utf-8"))
+    return {
+        "config/pipeline.yaml (without what --config changed)": built,
+        "Configuration of images": images,
+        "Configuration of clips, where it differs": _differences(images, clips),
+    }
+
+
+def _of_medium(words: list[str], methods: Iterable[str]) -> dict[str, Any]:
+    """The composed tree with the objectives of all methods, without what differs from job to job."""
+    trees = {method: compose([*words, f"objective={method}"]) for method in methods}
+    tree = next(iter(trees.values()), None) or compose(words)
+    numbers = {key: value for key, value in tree.items() if key not in ("objective", "seed", "suite")}
+    return {**numbers, "objectives": {method: tree["objective"] for method, tree in trees.items()}}
+
+
+def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
+    """What stands in `b` and not so in `a`."""
+    found = {}
+    for key, value in b.items():
+        if isinstance(value, dict) and isinstance(a.get(key), dict):
+            if inner := _differences(a[key], value):
+                found[key] = inner
+        elif key not in a or value != a[key]:
+            found[key] = value
+    return found

@@ -236,6 +236,7 @@ def _times(folders: Sequence[Path], runs: Sequence[Mapping[str, Any]], scores: S
     jobs: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for path in _files(folders, "**/benchmarks/**/*.tsv"):
         stage = path.stem if path.parent.name == "benchmarks" else path.parent.name
+        stage = stage.partition("-")[0]  # download-codec and download-transformer are one stage
         if not _belongs(stage, path.name, scores):
             continue
         for line in csv.DictReader(path.read_text(encoding="utf-8").splitlines(), delimiter="\t"):
