@@ -141,15 +141,14 @@ rule figure_training:
         "python -m rcm figure --name figure_training --inputs {input} --out {output} > {log} 2>&1"
 
 
-def reported():
-    """Scores that the report is about: of the media whose tables are built."""
-    media = [name for name, table in (("images", "table1"), ("clips", "table2")) if table in config["tables"]]
-    return [path for name in media for path in [*scores(name), *scores(name, "controls")]]
-
-
 rule report:
     input:
-        scores=lambda _: reported(),
+        scores=lambda _: [  # of the media whose tables are built
+            path
+            for media, table in (("images", "table1"), ("clips", "table2"))
+            if table in config["tables"]
+            for path in [*scores(media), *scores(media, "controls")]
+        ],
         tables=expand("<results>/tables/{table}.csv", table=config["tables"]),
         figures=expand("<results>/figures/{figure}.png", figure=config["figures"]),
         clips=lambda _: samples("clips") if "table2" in config["tables"] else [],
