@@ -1,6 +1,6 @@
 """What the scores say about each claim of the paper, in one plain sentence a claim.
 
-The rules are fixed here, before any score is known. A claim is "shown" if the whole 95 % interval supports it,
+The rules are the same for every run. A claim is "shown" if the whole 95 % interval supports it,
 "contradicted" if the whole interval speaks against it, and otherwise "not shown". A claim with several parts is "shown"
 if all of them are, and "contradicted" if one is and none is shown. Diversity is decided by the Vendi score, which takes
 all hidden factors together; the factors are told beside it. A claim whose scores are missing is "not shown" and says
