@@ -42,8 +42,9 @@ def randomised(network: torch.nn.Module, seed: int) -> torch.nn.Module:
 
 @pytest.fixture(scope="module")
 def twins() -> tuple[torch.nn.Module, torch.nn.Module]:
-    diffusers = pytest.importorskip("diffusers")
-    theirs = diffusers.WanTransformer3DModel(
+    from diffusers import WanTransformer3DModel  # slow to import
+
+    theirs = WanTransformer3DModel(
         patch_size=(1, 2, 2),
         num_attention_heads=4,
         attention_head_dim=24,
