@@ -1,5 +1,8 @@
 """Diversity against kernels and distributions whose values are known."""
 
+import os
+import subprocess
+import sys
 from collections import Counter
 from itertools import combinations
 
@@ -90,3 +93,23 @@ def test_collapse_shows_and_too_few_samples_have_no_value() -> None:
     assert set(few.values()) == {None}
     assert few.keys() == varied.keys()
     assert set(diversity.of_prompt([], caption).values()) == {None}
+
+
+def test_the_last_digit_does_not_depend_on_the_process():
+    """Python orders a set of texts anew in every process."""
+    program = (
+        "from rcm.data import prompts; from rcm.evaluation import diversity\n"
+        "wanted = {f'value {i}': 1 / (i + 3) for i in range(40)}\n"
+        "print(repr(diversity.total_variation([f'value {i * i % 41}' for i in range(60)], wanted)))"
+    )
+    printed = {
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env={**os.environ, "PYTHONHASHSEED": str(seed), "PYTHONPATH": os.pathsep.join(sys.path)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in (1, 2, 3)
+    }
+    assert len(printed) == 1

@@ -5,6 +5,7 @@ number of samples, every measure is its expectation over `MINIMUM` of them drawn
 more often is not thereby less diverse. A prompt with fewer satisfying samples has no value.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
@@ -116,7 +117,8 @@ def attribute_kernel(samples: Sequence[Factors]) -> np.ndarray:
 def total_variation(values: Sequence[Hashable], wanted: Mapping[Hashable, float]) -> float:
     """Half the L1 distance of the values' frequencies from the wanted ones."""
     seen = {value: count / len(values) for value, count in Counter(values).items()}
-    return float(sum(abs(seen.get(v, 0.0) - wanted.get(v, 0.0)) for v in seen.keys() | wanted.keys()) / 2)
+    # fsum: the order of a set of texts differs from process to process, the sum must not
+    return math.fsum(abs(seen.get(v, 0.0) - wanted.get(v, 0.0)) for v in seen.keys() | wanted.keys()) / 2
 
 
 def pixel_distance(images: Sequence[np.ndarray]) -> float:
