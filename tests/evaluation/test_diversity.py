@@ -99,8 +99,8 @@ def test_the_last_digit_does_not_depend_on_the_process():
     """Python orders a set of texts anew in every process."""
     program = (
         "from rcm.data import prompts; from rcm.evaluation import diversity\n"
-        "wanted = {f'value {i}': 1 / (i + 3) for i in range(40)}\n"
-        "print(repr(diversity.total_variation([f'value {i * i % 41}' for i in range(60)], wanted)))"
+        "wanted = {f'value {i}': 10.0 ** (i % 9 - 8) / (i + 3) for i in range(200)}\n"
+        "print(repr(diversity.total_variation([f'value {i * i % 211}' for i in range(300)], wanted)))"
     )
     printed = {
         subprocess.run(
