@@ -31,7 +31,6 @@ _PACKAGES = (
     "torch",
     "numpy",
     "safetensors",
-    "webdataset",
     "hydra-core",
     "snakemake",
     "opencv-python-headless",

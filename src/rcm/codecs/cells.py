@@ -1,7 +1,7 @@
 """The codec of the tiny scale: one latent token a cell, and one latent frame for 1 + 4k frames of video.
 
 In space it is a linear autoencoder: the principal components of a cell's pixels, each divided by the root of its
-standard deviation (whole whitening would drown what is seen in what is not), and unit variance over all. In time
+standard deviation, so that what is seen most still weighs most, and unit variance over all. In time
 it keeps every fourth frame and fills the three between as a video coder does: a cell whose picture turns up in a
 neighbouring cell of the next kept frame slides there, everything else fades over.
 """

@@ -164,7 +164,7 @@ class WanTransformer(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
         self.blocks = nn.ModuleList(Block(width, mlp_width, heads, eps) for _ in range(layers))
         self.head = Head(width, math.prod(self.patch) * out_channels, eps)
-        # at the scale of the tokens: a small start stays small, for positions are of use only together with the text
+        # at the scale of the tokens: started small they were hardly used, for they help only together with the text
         self.positions = nn.ParameterList(torch.randn(n, width) for n in positions) if positions else None
         self.reset_parameters()
 
