@@ -1,32 +1,36 @@
-"""The two functions of the package: attention that carries tangents, and its explicit Jacobian-vector product.
+"""The functions of the package: attention that carries tangents, and its explicit Jacobian-vector product.
 
-Layout (B, H, S, D) as in `torch.nn.functional.scaled_dot_product_attention`; queries and keys may differ in length.
+Layout (B, H, S, D) as in `torch.nn.functional.scaled_dot_product_attention`. Queries and keys may differ in length, and
+the query heads may be a multiple of the key heads: query head h reads key head h // (Hq / Hkv).
 """
-
-from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
-import torch.nn.functional as F
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
 
-from flash_jvp import plain
+from flash_jvp import operators, plain
 
-BACKENDS = {"math": plain.math, "torch": plain.stream}
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
-    """softmax(q kᵀ · scale) v, for plain tensors (with a gradient) and for forward-mode dual tensors (with a tangent).
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, causal: bool = False, backend: str = "auto"
+) -> Tensor:
+    """softmax(q kᵀ · scale) v, for ordinary tensors (with a gradient) and for dual tensors (with a tangent).
 
-    `scale` is 1/√D unless given. Inside `torch.func` transforms it is composed of elementary operations.
+    q (B, Hq, Sq, D), k (B, Hkv, Skv, D), v (B, Hkv, Skv, Dv); returns (B, Hq, Sq, Dv). `scale` is 1/√D unless given.
+    `causal` masks key j > query i, whatever the lengths. Dual tensors are those of `torch.autograd.forward_ad` and of
+    `torch.func.jvp`. `backend` is "math", "torch", "triton" or "auto"; `choose` says what "auto" takes.
+    Raises ValueError on shapes, dtypes and devices that do not fit.
     """
-    if any(map(is_functorch_wrapped_tensor, (q, k, v))):
-        return torch.softmax(q @ k.mT * _scale(q, scale), dim=-1) @ v
     (q, tq), (k, tk), (v, tv) = (forward_ad.unpack_dual(x) for x in (q, k, v))
-    if tq is None and tk is None and tv is None:
-        return F.scaled_dot_product_attention(q, k, v, scale=scale)
-    return forward_ad.make_dual(*attention_jvp(q, k, v, tq, tk, tv, scale=scale))
+    if tq is not None or tk is not None or tv is not None:
+        o, to = attention_jvp(q, k, v, tq, tk, tv, scale=scale, causal=causal, backend=backend)
+        return forward_ad.make_dual(o, to)
+    (q, k, v), scale = _prepare([q, k, v], scale, backend)
+    if _differentiated_twice():
+        return plain.math(q, k, v, None, None, None, scale, causal)[0]
+    return operators.attention(q, k, v, scale, causal, backend)[0]
 
 
 def attention_jvp(
@@ -38,46 +42,55 @@ def attention_jvp(
     tv: Tensor | None = None,
     *,
     scale: float | None = None,
+    causal: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Attention (B, H, Sq, Dv) and its derivative along the tangents (`None`: zero), which have their primals' shapes.
+    """`attention` and its derivative along the tangents (`None`: zero, at no cost), which have their primals' shapes.
 
-    The attention is differentiable in q, k and v; a gradient that reaches the tangent raises RuntimeError.
-    `backend` is "math" (whole score matrix), "torch" (streaming) or "auto". Raises ValueError on wrong shapes.
+    The attention is differentiable in q, k and v; a gradient that reaches the derivative raises RuntimeError.
     """
-    _check(q, k, v, tq, tk, tv, backend)
-    run = BACKENDS["torch" if backend == "auto" else backend]
-    inputs = [x for x in (q, k, v, tq, tk, tv) if x is not None]
-    if not torch.is_grad_enabled() or not any(x.requires_grad for x in inputs):
-        return run(q, k, v, tq, tk, tv, _scale(q, scale))
-    with torch.no_grad():
-        _, to = run(q, k, v, tq, tk, tv, _scale(q, scale))
-    return F.scaled_dot_product_attention(q, k, v, scale=scale), _NoGradient.apply(to, *inputs)
+    tensors, scale = _prepare([q, k, v, tq, tk, tv], scale, backend)
+    if _differentiated_twice():
+        o, to, _ = plain.math(*tensors, scale, causal)
+        return o, torch.zeros_like(o) if to is None else to
+    return operators.attention_jvp(*tensors, scale, causal, backend)[:2]
 
 
-class _NoGradient(torch.autograd.Function):
-    """Ties the tangent to the inputs' graph only to raise there: dropping its gradient would be a silent error."""
-
-    @staticmethod
-    def forward(ctx: Any, to: Tensor, *inputs: Tensor) -> Tensor:
-        return to
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        raise RuntimeError("the tangent of attention has no gradient: detach it, or compute it under torch.no_grad()")
+def _differentiated_twice() -> bool:
+    """Under `torch.func.grad` (vjp, jacrev, hessian): registered operators do not pass there, elementary ones do."""
+    if torch.compiler.is_compiling():
+        return False
+    stack = torch._C._functorch.get_interpreter_stack()
+    return bool(stack) and any(entry.key() == torch._C._functorch.TransformType.Grad for entry in stack)
 
 
-def _scale(q: Tensor, scale: float | None) -> float:
-    return q.shape[-1] ** -0.5 if scale is None else scale
-
-
-def _check(
-    q: Tensor, k: Tensor, v: Tensor, tq: Tensor | None, tk: Tensor | None, tv: Tensor | None, backend: str
-) -> None:
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(f"backend is {backend!r}, must be one of {', '.join(('auto', *BACKENDS))}")
-    if q.ndim != 4 or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3] or k.shape[:3] != v.shape[:3]:
-        raise ValueError(f"q, k, v are {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}; expected (B, H, S, D)")
-    for name, primal, tangent in (("q", q, tq), ("k", k, tk), ("v", v, tv)):
+def _prepare(tensors: list[Tensor | None], scale: float | None, backend: str) -> tuple[list[Tensor], float]:
+    """The tensors in the dtype of an active autocast, all checked, and the scale."""
+    q, k, v, *tangents = tensors
+    if torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        tensors = [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors]
+        q, k, v, *tangents = tensors
+    if backend not in ("auto", *operators.BACKENDS):
+        raise ValueError(f"backend is {backend!r}, must be one of {', '.join(('auto', *operators.BACKENDS))}")
+    shapes = f"q, k, v are {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+    if (
+        not q.ndim == k.ndim == v.ndim == 4
+        or q.shape[0] != k.shape[0]
+        or q.shape[3] != k.shape[3]
+        or k.shape[:3] != v.shape[:3]
+    ):
+        raise ValueError(f"{shapes}; expected (B, Hq, Sq, D), (B, Hkv, Skv, D), (B, Hkv, Skv, Dv)")
+    if 0 in (*q.shape, *k.shape, *v.shape):
+        raise ValueError(f"{shapes}; every size must be at least 1")
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"{shapes}; the {q.shape[1]} query heads must be a multiple of the {k.shape[1]} key heads")
+    if q.dtype not in DTYPES:
+        raise ValueError(f"q is {q.dtype}; supported are {', '.join(map(str, DTYPES))}")
+    for name, x in zip(("k", "v", "tq", "tk", "tv"), (k, v, *tangents), strict=False):
+        if x is not None and (x.dtype != q.dtype or x.device != q.device):
+            raise ValueError(f"{name} is {x.dtype} on {x.device}, q is {q.dtype} on {q.device}: they must agree")
+    for name, primal, tangent in zip("qkv", (q, k, v), tangents, strict=False):
         if tangent is not None and tangent.shape != primal.shape:
             raise ValueError(f"the tangent of {name} is {tuple(tangent.shape)}, its primal {tuple(primal.shape)}")
+    return tensors, q.shape[3] ** -0.5 if scale is None else float(scale)

@@ -1,9 +1,12 @@
-"""The Jacobian-vector product of attention in plain PyTorch: an oracle and a streaming form.
+"""Attention, its Jacobian-vector product and its gradient in plain PyTorch: an oracle and a streaming form.
 
     S  = q kᵀ · scale                     P = softmax(S)          O  = P v
     tS = (tq kᵀ + q tkᵀ) · scale          H = P ∘ tS              tO = P tv + H v - rowsum(H) ∘ O
 
-Shapes: `q_NSD` and the like, N = batch × heads folded, S = positions, D = channels. `None` is a zero tangent.
+`forward` of every backend takes q, k, v and their tangents (`None`: zero) of layout (B, H, S, D) and returns O, tO
+(`None` where all tangents are) and the log-sum-exp of the rows of S, (B, H, Sq) in at least float32. Hq may be a
+multiple of Hkv. `causal` masks keys after the query. Inside, q_NRD is (B·Hkv, Hq/Hkv·Sq, D): the query heads of one
+key head are more rows, and k_NSD is (B·Hkv, Skv, D).
 """
 
 import torch
@@ -11,38 +14,91 @@ from torch import Tensor
 
 KV_BLOCK = 512
 
+Result = tuple[Tensor, Tensor | None, Tensor]
+
 
 def math(
-    q: Tensor, k: Tensor, v: Tensor, tq: Tensor | None, tk: Tensor | None, tv: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    """The formulas above, term by term, with the whole score matrix in memory: the oracle. Layout (..., S, D)."""
-    p = torch.softmax(q @ k.mT * scale, dim=-1)
-    o = p @ v
-    to = torch.zeros_like(o)
+    q: Tensor, k: Tensor, v: Tensor, tq: Tensor | None, tk: Tensor | None, tv: Tensor | None, scale: float, causal: bool
+) -> Result:
+    """The formulas above, term by term, with the whole score matrix in memory: the oracle.
+
+    Elementary differentiable operations only, so that any transform of PyTorch passes through it.
+    """
+    group = q.shape[1] // k.shape[1]
+    k, v, tk, tv = (x if x is None or group == 1 else x.repeat_interleave(group, dim=1) for x in (k, v, tk, tv))
+    s = q @ k.mT * scale
+    if causal:
+        s = s.masked_fill(_after(s.shape[-2], s.shape[-1], s.device), -torch.inf)
+    p = torch.softmax(s, dim=-1)
+    o, lse = p @ v, torch.logsumexp(s.to(_at_least_float32(q)), dim=-1)
+    if tq is None and tk is None and tv is None:
+        return o, None, lse
+    to = torch.zeros_like(o) if tv is None else p @ tv
     if tq is not None or tk is not None:
         ts = sum(a @ b.mT for a, b in ((tq, k), (q, tk)) if a is not None and b is not None) * scale
         h = p * ts
         to = to + h @ v - h.sum(dim=-1, keepdim=True) * o
-    if tv is not None:
-        to = to + p @ tv
-    return o, to
+    return o, to, lse
 
 
 def stream(
-    q: Tensor, k: Tensor, v: Tensor, tq: Tensor | None, tk: Tensor | None, tv: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    """The same in memory linear in the number of positions, in at least float32. Layout (B, H, S, D)."""
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    q_NSD, k_NSD, v_NSD = _fold(q, dtype), _fold(k, dtype), _fold(v, dtype)
-    tq_NSD, tk_NSD, tv_NSD = (None if t is None else _fold(t, dtype) for t in (tq, tk, tv))
+    q: Tensor, k: Tensor, v: Tensor, tq: Tensor | None, tk: Tensor | None, tv: Tensor | None, scale: float, causal: bool
+) -> Result:
+    """The same in memory linear in the number of positions, in at least float32."""
     attend = _one_block if k.shape[2] <= KV_BLOCK else _many_blocks
-    o, to = attend(q_NSD, k_NSD, v_NSD, tq_NSD, tk_NSD, tv_NSD, scale)
+    q_NRD, tq_NRD = (_fold(x, k) for x in (q, tq))
+    k_NSD, v_NSD, tk_NSD, tv_NSD = (_fold(x, k) for x in (k, v, tk, tv))
+    o, to, lse = attend(q_NRD, k_NSD, v_NSD, tq_NRD, tk_NSD, tv_NSD, scale, q.shape[2] if causal else 0)
     shape = (*q.shape[:3], v.shape[3])
-    return o.view(shape).to(q.dtype), to.view(shape).to(q.dtype)
+    return o.view(shape).to(q.dtype), None if to is None else to.view(shape).to(q.dtype), lse.view(q.shape[:3])
 
 
-def _fold(x_BHSD: Tensor, dtype: torch.dtype) -> Tensor:
-    return x_BHSD.to(dtype).reshape(-1, *x_BHSD.shape[2:])
+def stream_backward(
+    go: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v from that of O, block by block: P is computed again from S and its log-sum-exp.
+
+    dv = Pᵀ dO,   dS = P ∘ (dO vᵀ - rowsum(dO ∘ O)),   dq = dS k · scale,   dk = dSᵀ q · scale
+    """
+    go_NRD, q_NRD, o_NRD = (_fold(x, k) for x in (go, q, o))
+    k_NSD, v_NSD = _fold(k, k), _fold(v, k)
+    lse_NR1 = lse.reshape(*q_NRD.shape[:2], 1).to(q_NRD.dtype)
+    delta = (go_NRD * o_NRD).sum(dim=-1, keepdim=True)
+    dq, dk, dv = torch.zeros_like(q_NRD), torch.empty_like(k_NSD), torch.empty_like(v_NSD)
+    for start in range(0, k.shape[2], KV_BLOCK):
+        block = slice(start, start + KV_BLOCK)
+        s, _ = _scores(q_NRD, k_NSD[:, block], None, None, scale)
+        _mask(s, start, q.shape[2] if causal else 0)
+        p = s.sub_(lse_NR1).exp_()
+        dv[:, block] = torch.bmm(p.mT, go_NRD)
+        ds = torch.bmm(go_NRD, v_NSD[:, block].mT).sub_(delta).mul_(p)
+        dq.baddbmm_(ds, k_NSD[:, block], alpha=scale)
+        dk[:, block] = torch.bmm(ds.mT, q_NRD).mul_(scale)
+    return dq.view(q.shape).to(q.dtype), dk.view(k.shape).to(k.dtype), dv.view(v.shape).to(v.dtype)
+
+
+def _at_least_float32(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _fold(x_BHSD: Tensor | None, k_BHSD: Tensor) -> Tensor | None:
+    """(B·Hkv, rows, D): the heads that share a key head lie one after the other."""
+    if x_BHSD is None:
+        return None
+    heads = k_BHSD.shape[0] * k_BHSD.shape[1]
+    return x_BHSD.to(_at_least_float32(x_BHSD)).reshape(heads, -1, x_BHSD.shape[3])
+
+
+def _after(rows: int, keys: int, device: torch.device, start: int = 0, queries: int | None = None) -> Tensor:
+    """Where key start + j comes after the query of row i, which is i modulo `queries`."""
+    query = torch.arange(rows, device=device) % (queries or rows)
+    return torch.arange(start, start + keys, device=device) > query[:, None]
+
+
+def _mask(s_NRS: Tensor, start: int, causal_queries: int) -> None:
+    """Fill the scores of keys after their query, in place; `causal_queries` is 0 where nothing is masked."""
+    if causal_queries:
+        s_NRS.masked_fill_(_after(s_NRS.shape[1], s_NRS.shape[2], s_NRS.device, start, causal_queries), -torch.inf)
 
 
 def _scores(q: Tensor, k: Tensor, tq: Tensor | None, tk: Tensor | None, scale: float) -> tuple[Tensor, Tensor | None]:
@@ -57,40 +113,45 @@ def _scores(q: Tensor, k: Tensor, tq: Tensor | None, tk: Tensor | None, scale: f
 
 
 def _one_block(
-    q: Tensor, k: Tensor, v: Tensor, tq: Tensor | None, tk: Tensor | None, tv: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, tq: Tensor | None, tk: Tensor | None, tv: Tensor | None, scale: float, causal: int
+) -> Result:
     """All keys at once, in few operations: tO = P tv + tP v with tP = P ∘ (tS - rowsum(P ∘ tS))."""
     s, ts = _scores(q, k, tq, tk, scale)
+    _mask(s, 0, causal)
     p = torch.softmax(s, dim=-1)
+    lse = s.amax(dim=-1) - p.amax(dim=-1).log_()  # the largest of a row is at least 1/S
     o = torch.bmm(p, v)
     to = None if tv is None else torch.bmm(p, tv)
     if ts is not None:
         # The Jacobian of softmax is symmetric, so that its fused backward is its forward derivative as well.
         tp = torch._softmax_backward_data(ts, p, -1, p.dtype)
         to = torch.bmm(tp, v) if to is None else to.baddbmm_(tp, v)
-    return o, torch.zeros_like(o) if to is None else to
+    return o, to, lse
 
 
 def _many_blocks(
-    q: Tensor, k: Tensor, v: Tensor, tq: Tensor | None, tk: Tensor | None, tv: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, tq: Tensor | None, tk: Tensor | None, tv: Tensor | None, scale: float, causal: int
+) -> Result:
     """Blocks of keys with a running row maximum m (FlashAttention-2). Unnormalised sums, rescaled together as m grows:
 
     l = Σ P~     o~ = Σ P~ v     r = Σ H~     g~ = Σ (P~ tv + H~ v)        P~ = exp(S - m),  H~ = P~ ∘ tS
-    O = o~ / l   tO = g~ / l - (r / l) ∘ O
+    O = o~ / l   tO = g~ / l - (r / l) ∘ O    LSE = m + log l
     """
     m = q.new_full((*q.shape[:2], 1), -torch.inf)
     sum_p, sum_h = torch.zeros_like(m), torch.zeros_like(m)
     o = q.new_zeros(*q.shape[:2], v.shape[2])
-    g = torch.zeros_like(o)
-    for start in range(0, k.shape[1], KV_BLOCK):
+    g = None if tq is None and tk is None and tv is None else torch.zeros_like(o)
+    for start in range(0, min(k.shape[1], causal or k.shape[1]), KV_BLOCK):
         block = slice(start, start + KV_BLOCK)
         s, ts = _scores(q, k[:, block], tq, None if tk is None else tk[:, block], scale)
+        _mask(s, start, causal)
         m_old, m = m, torch.maximum(m, s.amax(dim=-1, keepdim=True))
         p = s.sub_(m).exp_()
         rescale = torch.exp(m_old - m)
         sum_p = sum_p * rescale + p.sum(dim=-1, keepdim=True)
         o = torch.baddbmm(o.mul_(rescale), p, v[:, block])
+        if g is None:
+            continue
         g.mul_(rescale)
         if tv is not None:
             g.baddbmm_(p, tv[:, block])
@@ -99,4 +160,4 @@ def _many_blocks(
             sum_h = sum_h * rescale + h.sum(dim=-1, keepdim=True)
             g.baddbmm_(h, v[:, block])
     o = o / sum_p
-    return o, g / sum_p - sum_h / sum_p * o
+    return o, None if g is None else g / sum_p - sum_h / sum_p * o, (m + sum_p.log()).squeeze(-1)

@@ -5,7 +5,9 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from flash_jvp import BACKENDS, attention, attention_jvp, plain
+from flash_jvp import attention, attention_jvp, plain
+
+BACKENDS = ["math", "torch"]
 
 LENGTHS = [(1, 1), (9, 9), (15, 63), (64, 65), (127, 127), (3, 200)]
 ABSENT = ["", "q", "k", "v", "kv", "qk", "qkv"]
@@ -152,7 +154,7 @@ def test_the_primal_of_a_jvp_has_its_gradient_and_the_tangent_refuses_one(backen
     result = torch.autograd.grad(o, tensors[:3], gradient, retain_graph=True)
     assert all(relative(x, y) < 1e-12 for x, y in zip(result, expected, strict=True))
     for loss in (to.sum(), (o + to).sum()):
-        with pytest.raises(RuntimeError, match="tangent of attention has no gradient"):
+        with pytest.raises(RuntimeError, match="a gradient has reached the tangent"):
             loss.backward(retain_graph=True)
 
 
@@ -164,7 +166,7 @@ def test_gradient_that_reaches_the_tangent_of_a_dual_raises() -> None:
         o, to = forward_ad.unpack_dual(attention(q, k, v))
         o.sum().backward(retain_graph=True)
         assert weight.grad is not None
-        with pytest.raises(RuntimeError, match="tangent of attention has no gradient"):
+        with pytest.raises(RuntimeError, match="a gradient has reached the tangent"):
             to.sum().backward()
 
 

@@ -1,0 +1,102 @@
+"""Attention of primals by kernels that PyTorch carries (or flash-attn brings), with the log-sum-exp of its rows.
+
+`forward` takes the kernel that `scaled_dot_product_attention` would take. The backwards take O and the log-sum-exp of
+whichever forward made them, this package's own included, so that training needs no second forward pass.
+"""
+
+import importlib.util
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+
+Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float, bool], tuple[Tensor, Tensor, Tensor]]
+
+aten = torch.ops.aten
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor] | None:
+    """O and the log-sum-exp of PyTorch's fused kernel for these tensors; None where there is none."""
+    name = forward_name(q, k, v, scale, causal)
+    if name == "flash-cpu":
+        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+    if name == "flash":
+        return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)[:2]
+    if name == "cudnn":
+        o, lse = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)[:2]
+        return o, lse.view(q.shape[:3])
+    return None
+
+
+def forward_name(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> str | None:
+    """The fused kernel that `scaled_dot_product_attention` takes here, if it returns a log-sum-exp we can use."""
+    if q.device.type not in ("cpu", "cuda"):
+        return None
+    grouped = q.shape[1] != k.shape[1]
+    choice = torch._fused_sdp_choice(q, k, v, None, 0.0, causal, scale=scale, enable_gqa=grouped)
+    if q.device.type == "cpu":
+        return "flash-cpu" if choice == SDPBackend.FLASH_ATTENTION.value else None
+    if q.shape[3] % 8:  # PyTorch pads these outside of the operator
+        return None
+    return {SDPBackend.FLASH_ATTENTION.value: "flash", SDPBackend.CUDNN_ATTENTION.value: "cudnn"}.get(choice)
+
+
+def backwards(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> dict[str, Backward]:
+    """The backward kernels that take these tensors, the safest choice first.
+
+    None for a causal mask over different lengths: flash-attn 2.1 and later aligns it with the last key, not the first.
+    """
+    if q.shape[3] != v.shape[3] or (causal and q.shape[2] != k.shape[2]):
+        return {}
+    if q.device.type == "cpu":
+        return {"flash-cpu": _flash_cpu} if q.dtype in (torch.float32, torch.float64, torch.bfloat16) else {}
+    if q.device.type != "cuda" or q.dtype not in (torch.float16, torch.bfloat16) or q.shape[3] % 8 or q.shape[3] > 256:
+        return {}
+    found: dict[str, Backward] = {"flash": _flash}
+    if q.shape[1] == k.shape[1] and q.shape[3] <= 128 and torch.backends.cudnn.is_available():
+        found["cudnn"] = _cudnn
+    if importlib.util.find_spec("flash_attn"):
+        found["flash-attn"] = _flash_attn
+    return found
+
+
+def _flash_cpu(
+    go: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return aten._scaled_dot_product_flash_attention_for_cpu_backward(go, q, k, v, o, lse, 0.0, causal, scale=scale)
+
+
+def _flash(
+    go: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    state = torch.empty((), dtype=torch.int64, device=q.device)  # of dropout, which is 0: not read
+    return aten._scaled_dot_product_flash_attention_backward(
+        *(go, q, k, v, o, lse, None, None, q.shape[2], k.shape[2], 0.0, causal, state, state), scale=scale
+    )
+
+
+def _cudnn(
+    go: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    state = torch.empty((), dtype=torch.int64, device=q.device)
+    return aten._scaled_dot_product_cudnn_attention_backward(
+        *(go, q, k, v, o, lse.unsqueeze(-1), state, state, None, None, None, q.shape[2], k.shape[2], 0.0, causal),
+        scale=scale,
+    )
+
+
+def _flash_attn(
+    go: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    from flash_attn.flash_attn_interface import _flash_attn_backward
+
+    go, q, k, v, o = (x.transpose(1, 2).contiguous() for x in (go, q, k, v, o))
+    gradients = [torch.empty_like(x) for x in (q, k, v)]
+    _flash_attn_backward(
+        *(go, q, k, v, o, lse, *gradients),
+        **{"dropout_p": 0.0, "softmax_scale": scale, "causal": causal, "window_size_left": -1, "window_size_right": -1},
+        **{"softcap": 0.0, "alibi_slopes": None, "deterministic": False},
+    )
+    dq, dk, dv = (x.transpose(1, 2) for x in gradients)
+    return dq, dk, dv
