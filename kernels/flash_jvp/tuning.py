@@ -1,0 +1,17 @@
+"""Tile configurations."""
+from dataclasses import dataclass
+from torch import Tensor
+
+@dataclass(frozen=True)
+class Tile:
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+
+    def options(self) -> dict[str, int]:
+        return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "num_warps": self.warps, "num_stages": self.stages}
+
+
+def tile(kernel: str, q: Tensor, keys: int, streamed: int) -> Tile:
+    return Tile(64, 32, 4, 1)
