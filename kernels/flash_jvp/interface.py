@@ -7,6 +7,7 @@ the query heads may be a multiple of the key heads: query head h reads key head 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
+from torch._C._functorch import TransformType, get_interpreter_stack, maybe_current_level
 
 from flash_jvp import operators, plain
 
@@ -27,10 +28,14 @@ def attention(
     if tq is not None or tk is not None or tv is not None:
         o, to = attention_jvp(q, k, v, tq, tk, tv, scale=scale, causal=causal, backend=backend)
         return forward_ad.make_dual(o, to)
-    (q, k, v), scale = _prepare([q, k, v], scale, backend)
+    if torch.compiler.is_compiling() and forward_ad._current_level >= 0 and maybe_current_level() is None:
+        # The compiler would not see the tangents; where it may fall back to eager mode, this makes it do so.
+        raise RuntimeError("dual tensors from outside of a compiled function: make them inside, with torch.func.jvp")
+    q, k, v = (_autocast(x) for x in (q, k, v))
+    _check(q, k, v, {}, backend)
     if _differentiated_twice():
-        return plain.math(q, k, v, None, None, None, scale, causal)[0]
-    return operators.attention(q, k, v, scale, causal, backend)[0]
+        return plain.math(q, k, v, None, None, None, _scale(q, scale), causal)[0]
+    return operators.attention(q, k, v, _scale(q, scale), causal, backend)[0]
 
 
 def attention_jvp(
@@ -49,37 +54,39 @@ def attention_jvp(
 
     The attention is differentiable in q, k and v; a gradient that reaches the derivative raises RuntimeError.
     """
-    tensors, scale = _prepare([q, k, v, tq, tk, tv], scale, backend)
+    q, k, v = (_autocast(x) for x in (q, k, v))
+    tq, tk, tv = (None if x is None else _autocast(x) for x in (tq, tk, tv))
+    _check(q, k, v, {"q": tq, "k": tk, "v": tv}, backend)
     if _differentiated_twice():
-        o, to, _ = plain.math(*tensors, scale, causal)
+        o, to, _ = plain.math(q, k, v, tq, tk, tv, _scale(q, scale), causal)
         return o, torch.zeros_like(o) if to is None else to
-    return operators.attention_jvp(*tensors, scale, causal, backend)[:2]
+    return operators.attention_jvp(q, k, v, tq, tk, tv, _scale(q, scale), causal, backend)[:2]
+
+
+def _scale(q: Tensor, scale: float | None) -> float:
+    return q.shape[3] ** -0.5 if scale is None else float(scale)
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """In the dtype of an active autocast, as `scaled_dot_product_attention` takes its inputs."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) and x.dtype != torch.float64 else x
 
 
 def _differentiated_twice() -> bool:
     """Under `torch.func.grad` (vjp, jacrev, hessian): registered operators do not pass there, elementary ones do."""
     if torch.compiler.is_compiling():
         return False
-    stack = torch._C._functorch.get_interpreter_stack()
-    return bool(stack) and any(entry.key() == torch._C._functorch.TransformType.Grad for entry in stack)
+    return any(transform.key() == TransformType.Grad for transform in get_interpreter_stack() or ())
 
 
-def _prepare(tensors: list[Tensor | None], scale: float | None, backend: str) -> tuple[list[Tensor], float]:
-    """The tensors in the dtype of an active autocast, all checked, and the scale."""
-    q, k, v, *tangents = tensors
-    if torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
-        tensors = [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors]
-        q, k, v, *tangents = tensors
+def _check(q: Tensor, k: Tensor, v: Tensor, tangents: dict[str, Tensor | None], backend: str) -> None:
+    """ValueError on what is not supported, with what was found and what is expected."""
     if backend not in ("auto", *operators.BACKENDS):
         raise ValueError(f"backend is {backend!r}, must be one of {', '.join(('auto', *operators.BACKENDS))}")
     shapes = f"q, k, v are {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
-    if (
-        not q.ndim == k.ndim == v.ndim == 4
-        or q.shape[0] != k.shape[0]
-        or q.shape[3] != k.shape[3]
-        or k.shape[:3] != v.shape[:3]
-    ):
+    matching = q.ndim == k.ndim == v.ndim == 4 and q.shape[0] == k.shape[0] and k.shape[:3] == v.shape[:3]
+    if not matching or q.shape[3] != k.shape[3]:
         raise ValueError(f"{shapes}; expected (B, Hq, Sq, D), (B, Hkv, Skv, D), (B, Hkv, Skv, Dv)")
     if 0 in (*q.shape, *k.shape, *v.shape):
         raise ValueError(f"{shapes}; every size must be at least 1")
@@ -87,10 +94,10 @@ def _prepare(tensors: list[Tensor | None], scale: float | None, backend: str) ->
         raise ValueError(f"{shapes}; the {q.shape[1]} query heads must be a multiple of the {k.shape[1]} key heads")
     if q.dtype not in DTYPES:
         raise ValueError(f"q is {q.dtype}; supported are {', '.join(map(str, DTYPES))}")
-    for name, x in zip(("k", "v", "tq", "tk", "tv"), (k, v, *tangents), strict=False):
-        if x is not None and (x.dtype != q.dtype or x.device != q.device):
-            raise ValueError(f"{name} is {x.dtype} on {x.device}, q is {q.dtype} on {q.device}: they must agree")
-    for name, primal, tangent in zip("qkv", (q, k, v), tangents, strict=False):
+    for name, primal in {"q": q, "k": k, "v": v}.items():
+        tangent = tangents.get(name)
+        for kind, x in ((name, primal), (f"the tangent of {name}", tangent)):
+            if x is not None and (x.dtype != q.dtype or x.device != q.device):
+                raise ValueError(f"{kind} is {x.dtype} on {x.device}, q is {q.dtype} on {q.device}: they must agree")
         if tangent is not None and tangent.shape != primal.shape:
             raise ValueError(f"the tangent of {name} is {tuple(tangent.shape)}, its primal {tuple(primal.shape)}")
-    return tensors, q.shape[3] ** -0.5 if scale is None else float(scale)

@@ -93,10 +93,8 @@ def _flash_attn(
 
     go, q, k, v, o = (x.transpose(1, 2).contiguous() for x in (go, q, k, v, o))
     gradients = [torch.empty_like(x) for x in (q, k, v)]
-    _flash_attn_backward(
-        *(go, q, k, v, o, lse, *gradients),
-        **{"dropout_p": 0.0, "softmax_scale": scale, "causal": causal, "window_size_left": -1, "window_size_right": -1},
-        **{"softcap": 0.0, "alibi_slopes": None, "deterministic": False},
-    )
+    options = {"dropout_p": 0.0, "softmax_scale": scale, "causal": causal, "softcap": 0.0, "alibi_slopes": None}
+    window = {"window_size_left": -1, "window_size_right": -1, "deterministic": False}
+    _flash_attn_backward(go, q, k, v, o, lse, *gradients, **options, **window)
     dq, dk, dv = (x.transpose(1, 2) for x in gradients)
     return dq, dk, dv

@@ -9,10 +9,16 @@ from typing import Any
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from flash_jvp import library, plain
 
 BACKENDS = ("math", "torch", "triton")
+REACHED = (
+    "a gradient has reached the tangent of attention, which has none here: the gradient kernel is that of O alone, and "
+    "dropping this part would be a silent error. Detach the tangent (sCM, MeanFlow and rCM use it as a constant) or "
+    "compute it under torch.no_grad()"
+)
 
 
 def choose(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, backend: str = "auto") -> dict[str, str]:
@@ -112,9 +118,20 @@ def attention_jvp(
 
 @torch.library.custom_op("flash_jvp::attention_backward", mutates_args=())
 def attention_backward(
-    go: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float, causal: bool, backend: str
+    go: Tensor,
+    gto: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    scale: float,
+    causal: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v from that of O."""
+    """Gradients of q, k and v from that of O. Raises where the tangent's own gradient is not zero."""
+    if gto is not None and gto.any():
+        raise RuntimeError(REACHED)
     name = backward_name(q, k, v, causal, backend)
     run = _own(name)[1] if name in BACKENDS else library.backwards(q, k, v, causal)[name]
     dq, dk, dv = run(go.contiguous(), q, k, v, o, lse, scale, causal)
@@ -133,7 +150,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, *tangents_and_options: Any) -> tuple[Tens
 
 
 @attention_backward.register_fake
-def _(go: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(go: Tensor, gto: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     return dq, dk, dv
 
@@ -144,20 +161,20 @@ def _outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, *tangents, scale, causal, backend = inputs
+    o, *_, lse = output
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:3], output[0], output[-1])
-    ctx.options = inputs[-3:]
-    ctx.tangents = len(inputs) - 6
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, k, v, o, lse)
+    ctx.options, ctx.tangents = (scale, causal, backend), len(tangents)
 
 
 def _backward(ctx: Any, go: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
-    if any(gradient is not None for gradient in others):
-        raise RuntimeError(
-            "a gradient has reached the tangent of attention, which has none here: the gradient kernel is that of O "
-            "alone, and dropping this part would be a silent error. Detach the tangent (sCM, MeanFlow and rCM use it "
-            "as a constant; under torch.compile, inside the compiled function), or compute it under torch.no_grad()"
-        )
-    gradients = (None,) * 3 if go is None else attention_backward(go, *ctx.saved_tensors, *ctx.options)
+    gto = others[0] if ctx.tangents else None
+    # A compiled backward pass is handed zeros for the outputs that have no gradient, so that it must look at them.
+    if gto is not None and get_proxy_mode() is None:
+        raise RuntimeError(REACHED)
+    gradients = (None,) * 3 if go is None else attention_backward(go, gto, *ctx.saved_tensors, *ctx.options)
     return *gradients, *(None,) * (ctx.tangents + 3)
 
 

@@ -25,7 +25,8 @@ def math(
     Elementary differentiable operations only, so that any transform of PyTorch passes through it.
     """
     group = q.shape[1] // k.shape[1]
-    k, v, tk, tv = (x if x is None or group == 1 else x.repeat_interleave(group, dim=1) for x in (k, v, tk, tv))
+    k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+    tk, tv = (None if x is None else x.repeat_interleave(group, dim=1) for x in (tk, tv))
     s = q @ k.mT * scale
     if causal:
         s = s.masked_fill(_after(s.shape[-2], s.shape[-1], s.device), -torch.inf)
@@ -46,8 +47,8 @@ def stream(
 ) -> Result:
     """The same in memory linear in the number of positions, in at least float32."""
     attend = _one_block if k.shape[2] <= KV_BLOCK else _many_blocks
-    q_NRD, tq_NRD = (_fold(x, k) for x in (q, tq))
-    k_NSD, v_NSD, tk_NSD, tv_NSD = (_fold(x, k) for x in (k, v, tk, tv))
+    q_NRD, k_NSD, v_NSD = (_fold(x, k) for x in (q, k, v))
+    tq_NRD, tk_NSD, tv_NSD = (None if x is None else _fold(x, k) for x in (tq, tk, tv))
     o, to, lse = attend(q_NRD, k_NSD, v_NSD, tq_NRD, tk_NSD, tv_NSD, scale, q.shape[2] if causal else 0)
     shape = (*q.shape[:3], v.shape[3])
     return o.view(shape).to(q.dtype), None if to is None else to.view(shape).to(q.dtype), lse.view(q.shape[:3])
@@ -81,10 +82,8 @@ def _at_least_float32(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _fold(x_BHSD: Tensor | None, k_BHSD: Tensor) -> Tensor | None:
+def _fold(x_BHSD: Tensor, k_BHSD: Tensor) -> Tensor:
     """(B·Hkv, rows, D): the heads that share a key head lie one after the other."""
-    if x_BHSD is None:
-        return None
     heads = k_BHSD.shape[0] * k_BHSD.shape[1]
     return x_BHSD.to(_at_least_float32(x_BHSD)).reshape(heads, -1, x_BHSD.shape[3])
 

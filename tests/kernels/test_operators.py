@@ -1,0 +1,308 @@
+"""The registered operators: transforms, compilation and export pass through them, and misuse is refused by name."""
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from flash_jvp import attention, attention_jvp, choose, library
+
+from .test_attention import attend, inputs, reference, relative
+
+KERNELS = Path(__file__).parents[2] / "kernels"
+SIZES = {"heads": 2, "group": 2}
+
+
+@pytest.fixture
+def tensors() -> list[Tensor]:
+    return inputs(9, 12, **SIZES)
+
+
+@pytest.fixture
+def gradient() -> Tensor:
+    return torch.randn(2, 4, 9, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def same(result: object, expected: object) -> bool:
+    pairs = zip(torch.utils._pytree.tree_leaves(result), torch.utils._pytree.tree_leaves(expected), strict=True)
+    return all(relative(x, y) < 1e-12 for x, y in pairs)
+
+
+def gradients(fn: Callable[..., Tensor], tensors: list[Tensor], gradient: Tensor) -> tuple[Tensor, ...]:
+    primals = [x.clone().requires_grad_() for x in tensors[:3]]
+    return torch.autograd.grad(fn(*primals), primals, gradient)
+
+
+# Transforms of torch.func
+
+
+def test_func_jvp_takes_the_streaming_operator(tensors: list[Tensor]) -> None:
+    """And not a composition that holds the score matrix: the operator is called, and nothing else multiplies."""
+    called = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            called.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        result = torch.func.jvp(attention, tuple(tensors[:3]), tuple(tensors[3:]))
+    assert same(result, reference(tensors))
+    assert "flash_jvp.attention_jvp.default" in called
+    assert called.count("flash_jvp.attention.default") == 0
+
+
+def test_func_jvp_with_constant_keys(tensors: list[Tensor]) -> None:
+    q, k, v, tq, tk, tv = tensors
+    result = torch.func.jvp(lambda q: attention(q, k, v), (q,), (tq,))
+    assert same(result, reference([q, k, v, tq, tk * 0, tv * 0]))
+
+
+def test_the_output_of_func_jvp_has_its_gradient(tensors: list[Tensor], gradient: Tensor) -> None:
+    primals = tuple(x.clone().requires_grad_() for x in tensors[:3])
+    o, to = torch.func.jvp(attention, primals, tuple(tensors[3:]))
+    result = torch.autograd.grad(o, primals, gradient, retain_graph=True)
+    assert same(result, gradients(attend, tensors, gradient))
+    with pytest.raises(RuntimeError, match="a gradient has reached the tangent"):
+        torch.autograd.grad(to, primals, gradient)
+
+
+@pytest.mark.parametrize("output", [0, 1])
+def test_func_grad_of_a_jvp(tensors: list[Tensor], gradient: Tensor, output: int) -> None:
+    """Under torch.func.grad elementary operations stand in, which have a gradient of the tangent as well."""
+
+    def loss(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda *primals: (torch.func.jvp(fn, primals, tuple(tensors[3:]))[output] * gradient).sum()
+
+    results = [torch.func.grad(loss(fn), argnums=(0, 1, 2))(*tensors[:3]) for fn in (attention, attend)]
+    assert same(*results)
+
+
+def test_explicit_jvp_under_func_grad(tensors: list[Tensor]) -> None:
+    def loss(q: Tensor) -> Tensor:
+        return attention_jvp(q, *tensors[1:])[1].square().sum()
+
+    def exact(q: Tensor) -> Tensor:
+        return reference([q, *tensors[1:]])[1].square().sum()
+
+    assert same(torch.func.grad(loss)(tensors[0]), torch.func.grad(exact)(tensors[0]))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_vmap(tensors: list[Tensor]) -> None:
+    result = torch.func.vmap(attention)(*(x[None] for x in tensors[:3]))[0]
+    assert same(result, attend(*tensors[:3]))
+
+
+def test_recomputation(tensors: list[Tensor], gradient: Tensor) -> None:
+    def recomputed(*primals: Tensor) -> Tensor:
+        return torch.utils.checkpoint.checkpoint(attention, *primals, use_reentrant=False)
+
+    assert same(gradients(recomputed, tensors, gradient), gradients(attend, tensors, gradient))
+
+
+# Compilation and export
+
+
+@pytest.fixture(params=["eager", "aot_eager"])
+def compiled(request: pytest.FixtureRequest) -> Callable[[Callable[..., object]], Callable[..., object]]:
+    torch._dynamo.reset()
+    return lambda fn: torch.compile(fn, fullgraph=True, backend=request.param)
+
+
+def test_compiled_jvp(compiled: Callable, tensors: list[Tensor]) -> None:
+    assert same(compiled(attention_jvp)(*tensors), reference(tensors))
+    by_func = compiled(lambda *x: torch.func.jvp(attention, x[:3], x[3:]))
+    assert same(by_func(*tensors), reference(tensors))
+
+
+def test_compiled_gradient(compiled: Callable, tensors: list[Tensor], gradient: Tensor) -> None:
+    assert same(gradients(compiled(attention), tensors, gradient), gradients(attend, tensors, gradient))
+
+
+@pytest.mark.parametrize("detached", ["inside", "outside"])
+def test_compiled_jvp_with_gradient(compiled: Callable, tensors: list[Tensor], gradient: Tensor, detached: str) -> None:
+    def both(*x: Tensor) -> tuple[Tensor, Tensor]:
+        o, to = torch.func.jvp(attention, x[:3], x[3:])
+        return o, to.detach() if detached == "inside" else to
+
+    primals = [x.clone().requires_grad_() for x in tensors[:3]]
+    o, to = compiled(both)(*primals, *tensors[3:])
+    assert same((o, to), reference(tensors))
+    result = torch.autograd.grad(o, primals, gradient, retain_graph=True)
+    assert same(result, gradients(attend, tensors, gradient))
+    if detached == "outside":
+        with pytest.raises(RuntimeError, match="a gradient has reached the tangent"):
+            torch.autograd.grad((o + to).sum(), primals)
+
+
+def test_dual_tensors_from_outside_of_a_compiled_function(tensors: list[Tensor]) -> None:
+    """They would lose their tangents: refused in a full graph, and done in eager mode otherwise."""
+
+    def run(fn: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
+        with torch.no_grad(), forward_ad.dual_level():
+            duals = (forward_ad.make_dual(x, tx) for x, tx in zip(tensors[:3], tensors[3:], strict=True))
+            return tuple(forward_ad.unpack_dual(fn(*duals)))
+
+    torch._dynamo.reset()
+    assert same(run(torch.compile(attention, backend="eager")), reference(tensors))
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="dual tensors from outside of a compiled function"):
+        run(torch.compile(attention, backend="eager", fullgraph=True))
+
+
+@pytest.mark.parametrize("decomposed", [False, True])
+def test_exported_graph_keeps_the_operators(tensors: list[Tensor], decomposed: bool) -> None:
+    class Model(torch.nn.Module):
+        def forward(self, *x: Tensor) -> tuple[Tensor, Tensor]:
+            return attention_jvp(*x)[1], attention(*x[:3])
+
+    program = torch.export.export(Model(), tuple(tensors))
+    if decomposed:
+        program = program.run_decompositions()
+    targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert [name for name in targets if "getitem" not in name] == [
+        "flash_jvp.attention_jvp.default",
+        "flash_jvp.attention.default",
+    ]
+    assert same(program.module()(*tensors), (reference(tensors)[1], attend(*tensors[:3])))
+
+
+@pytest.mark.parametrize("backend", ["auto", "math", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_operators_are_registered_as_they_behave(tensors: list[Tensor], dtype: torch.dtype, backend: str) -> None:
+    """PyTorch's own check: schema, fake implementation (shapes, strides, dtypes), autograd, dynamic shapes."""
+    tensors = [x.to(dtype) for x in tensors]
+    q, k, v = (x.clone().requires_grad_() for x in tensors[:3])
+    operators = torch.ops.flash_jvp
+    torch.library.opcheck(operators.attention.default, (q, k, v, 0.25, False, backend))
+    for tangents in (tensors[3:], [tensors[3], None, None], [None] * 3):
+        torch.library.opcheck(operators.attention_jvp.default, (*tensors[:3], *tangents, 0.25, True, backend))
+    o, lse = operators.attention(*tensors[:3], 0.25, False, backend)
+    rest = (torch.ones_like(o), None, *tensors[:3], o, lse, 0.25, False, backend)
+    torch.library.opcheck(operators.attention_backward.default, rest)
+
+
+# What is chosen
+
+
+def test_choice_is_told(tensors: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = tensors[:3]
+    fastest = {"attention": "PyTorch flash-cpu", "attention_jvp": "torch", "backward": "flash-cpu"}
+    assert choose(q, k, v) == fastest
+    assert choose(q, k, v, causal=True)["backward"] == "torch"  # 9 queries, 12 keys
+    assert choose(q, k, v[..., :8]) == {"attention": "torch", "attention_jvp": "torch", "backward": "torch"}
+    assert set(choose(q, k, v, backend="math").values()) == {"math"}
+    called = []
+    for name in ("forward", "backwards"):
+        original = getattr(library, name)
+        monkeypatch.setattr(library, name, lambda *x, f=original, n=name: (called.append(n), f(*x))[1])
+    gradients(attention, tensors, torch.ones(2, 4, 9, 16, dtype=torch.float64))
+    assert set(called) == {"forward", "backwards"}
+
+
+@pytest.mark.parametrize("name", ["flash", "cudnn"])
+def test_arguments_of_cuda_kernels_fit_their_schemas(name: str) -> None:
+    """On a machine without CUDA: PyTorch checks the arguments against fake CUDA tensors and gives the shapes."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        q, k, v, o = (torch.empty(2, 4, s, 64, dtype=torch.bfloat16, device="cuda") for s in (33, 20, 20, 33))
+        lse = torch.empty(2, 4, 33, dtype=torch.float32, device="cuda")
+        run = {"flash": library._flash, "cudnn": library._cudnn}[name]
+        assert [x.shape for x in run(o, q, k, v, o, lse, 0.1, False)] == [q.shape, k.shape, v.shape]
+
+
+def test_no_library_backward_for_a_causal_mask_over_different_lengths() -> None:
+    """flash-attn 2.1 and later aligns such a mask with the last key."""
+    q, k, v = (torch.empty(1, 1, s, 64, dtype=torch.bfloat16, device="meta") for s in (3, 5, 5))
+    for device in ("cpu", "cuda"):
+        with FakeTensorMode():
+            q, k, v = (torch.empty(1, 1, s, 64, dtype=torch.bfloat16, device=device) for s in (3, 5, 5))
+            assert library.backwards(q, k, v, causal=False)
+            assert not library.backwards(q, k, v, causal=True)
+            assert library.backwards(k, k, v, causal=True)
+
+
+# Autocast and misuse
+
+
+def test_autocast_is_that_of_scaled_dot_product_attention(tensors: list[Tensor]) -> None:
+    mixed = [x.float() if i % 3 < 2 else x.bfloat16() for i, x in enumerate(tensors)]
+    expected = reference([x.bfloat16().double() for x in tensors])
+    with torch.autocast("cpu", torch.bfloat16):
+        for x, y in zip(attention_jvp(*mixed), expected, strict=True):
+            assert x.dtype == torch.bfloat16
+            assert relative(x.double(), y) < 0.02
+        assert attention(*mixed[:3]).dtype == torch.bfloat16
+        assert attention(*tensors[:3]).dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: [t[0], t[1][:, :, :5], *t[2:]], r"q, k, v are \(2, 4, 9, 16\), \(2, 2, 5, 16\), .* expected"),
+        (lambda t: [t[0][..., :4], *t[1:]], "expected"),
+        (lambda t: [t[0][0], *t[1:]], "expected"),
+        (lambda t: [t[0][:, :3], *t[1:]], "the 3 query heads must be a multiple of the 2 key heads"),
+        (lambda t: [t[0][:, :, :0], *t[1:]], "every size must be at least 1"),
+        (lambda t: [*t[:5], t[5][:, :, :5]], r"the tangent of v is \(2, 2, 5, 16\), its primal \(2, 2, 12, 16\)"),
+        (lambda t: [*t[:4], t[4].float(), t[5]], "the tangent of k is torch.float32 on cpu, q is torch.float64 on cpu"),
+        (lambda t: [t[0], t[1].float(), *t[2:]], "k is torch.float32 on cpu, q is torch.float64"),
+        (lambda t: [*t[:2], t[2].to("meta"), *t[3:]], "v is torch.float64 on meta, q is torch.float64 on cpu"),
+        (lambda t: [x.long() for x in t], "q is torch.int64; supported are"),
+    ],
+)
+def test_what_does_not_fit_is_named(change: Callable, message: str, tensors: list[Tensor]) -> None:
+    with pytest.raises(ValueError, match=message):
+        attention_jvp(*change(tensors))
+
+
+def test_unknown_backend_is_named(tensors: list[Tensor]) -> None:
+    with pytest.raises(ValueError, match="backend is 'cuda', must be one of auto, math, torch, triton"):
+        attention(*tensors[:3], backend="cuda")
+
+
+def test_operators_called_by_hand_refuse_dual_tensors(tensors: list[Tensor]) -> None:
+    with torch.no_grad(), forward_ad.dual_level():
+        q = forward_ad.make_dual(tensors[0], tensors[3])
+        for call in (
+            lambda: torch.ops.flash_jvp.attention(q, *tensors[1:3], 0.25, False, "auto"),
+            lambda: torch.ops.flash_jvp.attention_jvp(q, *tensors[1:], 0.25, False, "auto"),
+        ):
+            with pytest.raises(RuntimeError, match="drops the tangents of dual tensors"):
+                call()
+
+
+# The package by itself
+
+BARE = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {refused!r}:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Refuse())
+import torch, flash_jvp
+q = torch.randn(1, 2, 5, 16)
+assert not {{"rcm", "triton", "flash_attn"}} & set(sys.modules), sorted(sys.modules)
+print(torch.func.jvp(flash_jvp.attention, (q, q, q), (q, q, q))[1].shape)
+try:
+    flash_jvp.attention(q, q, q, backend="triton")
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_the_package_works_without_triton_flash_attn_or_this_library() -> None:
+    code = BARE.format(refused=["rcm", "triton", "flash_attn"])
+    environment = {"PYTHONPATH": str(KERNELS), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    shape, refusal = result.stdout.strip().splitlines()
+    assert shape == "torch.Size([1, 2, 5, 16])"
+    assert re.search("backend 'triton' cannot take these tensors: .*Triton", refusal)
