@@ -54,13 +54,19 @@ def _store_rows(base, x, start, length, D: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _stream(
-    begin, end, q, tq, m, l, r, o, g, k, v, tk, tv, k_s, v_s, tk_s, tv_s, first, keys, scale,
+    begin, end, q, tq, m, l, r, o, g, k, v, tk, tv, k_s, first, keys, scale,
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Adds the keys begin ... end to the running sums of the query tile that starts at row `first`."""
-    for start in tl.range(begin, end, BLOCK_N, num_stages=1 if MASKED else None):
+    for start in tl.range(begin, end, BLOCK_N, num_stages=None):
         k_tile = _rows(k, start, k_s, keys, D, BLOCK_N, MASKED).trans()
         s = tl.dot(q, k_tile, input_precision="ieee")
+        ts = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        if tq is not None:
+            ts = tl.dot(tq, k_tile, ts, input_precision="ieee")
+        if tk is not None:
+            tk_tile = _rows(tk, start, k_s, keys, D, BLOCK_N, MASKED).trans()
+            ts = tl.dot(q, tk_tile, ts, input_precision="ieee")
         if MASKED:  # scaled first: -inf · 0 is not a number
             key = start + tl.arange(0, BLOCK_N)[None, :]
             seen = key < keys
@@ -75,24 +81,20 @@ def _stream(
         rescale = tl.exp2(m - m_new)
         m = m_new
         l = l * rescale + tl.sum(p, 1)
-        v_tile = _rows(v, start, v_s, keys, D, BLOCK_N, MASKED)
+        v_tile = _rows(v, start, k_s, keys, D, BLOCK_N, MASKED)
         p_cast = p.to(v_tile.dtype)
-        o = tl.dot(p_cast, v_tile, o * rescale[:, None], input_precision="ieee")
-        if tv is not None or tq is not None or tk is not None:
-            g = g * rescale[:, None]
-        if tv is not None:
-            tv_tile = _rows(tv, start, tv_s, keys, D, BLOCK_N, MASKED)
-            g = tl.dot(p_cast, tv_tile, g, input_precision="ieee")
         if tq is not None or tk is not None:
-            ts = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-            if tq is not None:
-                ts = tl.dot(tq, k_tile, ts, input_precision="ieee")
-            if tk is not None:
-                tk_tile = _rows(tk, start, tk_s, keys, D, BLOCK_N, MASKED).trans()
-                ts = tl.dot(q, tk_tile, ts, input_precision="ieee")
             h = p * (ts * scale)
             r = r * rescale + tl.sum(h, 1)
-            g = tl.dot(h.to(v_tile.dtype), v_tile, g, input_precision="ieee")
+            h_cast = h.to(v_tile.dtype)
+        o = o * rescale[:, None]
+        g = g * rescale[:, None]
+        o = tl.dot(p_cast, v_tile, o, input_precision="ieee")
+        if tv is not None:
+            tv_tile = _rows(tv, start, k_s, keys, D, BLOCK_N, MASKED)
+            g = tl.dot(p_cast, tv_tile, g, input_precision="ieee")
+        if tq is not None or tk is not None:
+            g = tl.dot(h_cast, v_tile, g, input_precision="ieee")
     return m, l, r, o, g
 
 
@@ -100,8 +102,6 @@ def _stream(
 def _forward(
     q, k, v, tq, tk, tv, o, to, lse,
     q_b: tl.int64, q_h: tl.int64, q_s: tl.int32, k_b: tl.int64, k_h: tl.int64, k_s: tl.int32,
-    v_b: tl.int64, v_h: tl.int64, v_s: tl.int32, tq_b: tl.int64, tq_h: tl.int64, tq_s: tl.int32,
-    tk_b: tl.int64, tk_h: tl.int64, tk_s: tl.int32, tv_b: tl.int64, tv_h: tl.int64, tv_s: tl.int32,
     queries, keys, heads, group, scale,
     CAUSAL: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -113,20 +113,20 @@ def _forward(
         first = (tiles - 1) * BLOCK_M - first
     b = (head // heads).to(tl.int64)
     h = (head % heads).to(tl.int64)
-    h_kv = h // group
 
     q_tile = _rows(q + b * q_b + h * q_h, first, q_s, queries, D, BLOCK_M, True)
     q_tile = tl.where(scale < 0, -q_tile, q_tile)  # from here on the scale is not negative
     tq_tile = None
     if tq is not None:
-        tq_tile = _rows(tq + b * tq_b + h * tq_h, first, tq_s, queries, D, BLOCK_M, True)
+        tq_tile = _rows(tq + b * q_b + h * q_h, first, q_s, queries, D, BLOCK_M, True)
         tq_tile = tl.where(scale < 0, -tq_tile, tq_tile)
-    k += b * k_b + h_kv * k_h
-    v += b * v_b + h_kv * v_h
+    kv = b * k_b + h // group * k_h
+    k += kv
+    v += kv
     if tk is not None:
-        tk += b * tk_b + h_kv * tk_h
+        tk += kv
     if tv is not None:
-        tv += b * tv_b + h_kv * tv_h
+        tv += kv
 
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
@@ -139,11 +139,11 @@ def _forward(
         full = tl.minimum(full, (first + 1) // BLOCK_N * BLOCK_N)
         end = tl.minimum(keys, first + BLOCK_M)
     m_i, l_i, r_i, o_i, g_i = _stream(
-        0, full, q_tile, tq_tile, m_i, l_i, r_i, o_i, g_i, k, v, tk, tv, k_s, v_s, tk_s, tv_s, first, keys,
+        0, full, q_tile, tq_tile, m_i, l_i, r_i, o_i, g_i, k, v, tk, tv, k_s, first, keys,
         tl.abs(scale), CAUSAL, False, D, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     m_i, l_i, r_i, o_i, g_i = _stream(
-        full, end, q_tile, tq_tile, m_i, l_i, r_i, o_i, g_i, k, v, tk, tv, k_s, v_s, tk_s, tv_s, first, keys,
+        full, end, q_tile, tq_tile, m_i, l_i, r_i, o_i, g_i, k, v, tk, tv, k_s, first, keys,
         tl.abs(scale), CAUSAL, True, D, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
@@ -170,7 +170,8 @@ def forward(
 
     None is a zero tangent and costs nothing; `to` is None when all three are.
     """
-    q, k, v, tq, tk, tv = (_aligned(x) for x in (q, k, v, tq, tk, tv))
+    q, tq = _alike(q, tq)
+    k, v, tk, tv = _alike(k, v, tk, tv)
     (b, heads, queries, d), (kv_heads, keys) = q.shape, k.shape[1:3]
     o = q.new_empty(q.shape)
     to = None if tq is None and tk is None and tv is None else q.new_empty(q.shape)
@@ -180,11 +181,190 @@ def forward(
         tile = tuning.tile("forward", q, keys, streamed)
         _forward[(triton.cdiv(queries, tile.block_m) * b * heads,)](
             q, k, v, tq, tk, tv, o, to, lse,
-            *(stride for x in (q, k, v, tq, tk, tv) for stride in _strides(x)),
-            queries, keys, heads, heads // kv_heads, float(scale),
+            *_strides(q), *_strides(k), queries, keys, heads, heads // kv_heads, float(scale),
             CAUSAL=causal, D=d, **tile.options(),
         )  # fmt: skip
     return o, to, lse
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _backward_queries(
+    go, q, k, v, o, lse, delta, dq,
+    q_b: tl.int64, q_h: tl.int64, q_s: tl.int32, k_b: tl.int64, k_h: tl.int64, k_s: tl.int32,
+    queries, keys, heads, group, scale,
+    CAUSAL: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dq of one tile of queries, and delta = rowsum(dO ∘ O), which the kernel below reads."""
+    tiles = tl.cdiv(queries, BLOCK_M)
+    head = tl.program_id(0) // tiles
+    first = tl.program_id(0) % tiles * BLOCK_M
+    if CAUSAL:
+        first = (tiles - 1) * BLOCK_M - first
+    b = (head // heads).to(tl.int64)
+    h = (head % heads).to(tl.int64)
+    out = head.to(tl.int64) * queries
+    row = first + tl.arange(0, BLOCK_M)
+    q_tile = _rows(q + b * q_b + h * q_h, first, q_s, queries, D, BLOCK_M, True)
+    go_tile = _rows(go + out * D, first, D, queries, D, BLOCK_M, True)
+    o_tile = _rows(o + out * D, first, D, queries, D, BLOCK_M, True)
+    delta_i = tl.sum(go_tile.to(tl.float32) * o_tile.to(tl.float32), 1)
+    tl.store(delta + out + row, delta_i, mask=row < queries)
+    lse_i = tl.load(lse + out + row, mask=row < queries, other=0.0) * LOG2E
+    k += b * k_b + h // group * k_h
+    v += b * k_b + h // group * k_h
+
+    dq_i = tl.zeros([BLOCK_M, D], tl.float32)
+    full = keys // BLOCK_N * BLOCK_N
+    end = keys
+    if CAUSAL:
+        full = tl.minimum(full, (first + 1) // BLOCK_N * BLOCK_N)
+        end = tl.minimum(keys, first + BLOCK_M)
+    dq_i = _stream_keys(
+        0,
+        full,
+        q_tile,
+        go_tile,
+        lse_i,
+        delta_i,
+        dq_i,
+        k,
+        v,
+        k_s,
+        first,
+        keys,
+        scale,
+        CAUSAL,
+        False,
+        D,
+        BLOCK_M,
+        BLOCK_N,
+    )
+    dq_i = _stream_keys(
+        full,
+        end,
+        q_tile,
+        go_tile,
+        lse_i,
+        delta_i,
+        dq_i,
+        k,
+        v,
+        k_s,
+        first,
+        keys,
+        scale,
+        CAUSAL,
+        True,
+        D,
+        BLOCK_M,
+        BLOCK_N,
+    )
+    _store_rows(dq + out * D, dq_i * scale, first, queries, D, BLOCK_M)
+
+
+@triton.jit
+def _stream_keys(
+    begin, end, q, go, lse, delta, dq, k, v, k_s, first, keys, scale,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    for start in tl.range(begin, end, BLOCK_N):
+        k_tile = _rows(k, start, k_s, keys, D, BLOCK_N, MASKED)
+        v_tile = _rows(v, start, k_s, keys, D, BLOCK_N, MASKED)
+        s = tl.dot(q, k_tile.trans(), input_precision="ieee")
+        dp = tl.dot(go, v_tile.trans(), input_precision="ieee")
+        p = tl.exp2(s * (scale * LOG2E) - lse[:, None])
+        if MASKED:
+            key = start + tl.arange(0, BLOCK_N)[None, :]
+            seen = key < keys
+            if CAUSAL:
+                seen = seen & (first + tl.arange(0, BLOCK_M)[:, None] >= key)
+            p = tl.where(seen, p, 0.0)
+        ds = p * (dp - delta[:, None])
+        dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision="ieee")
+    return dq
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _backward_keys(
+    go, q, k, v, lse, delta, dk, dv,
+    q_b: tl.int64, q_h: tl.int64, q_s: tl.int32, k_b: tl.int64, k_h: tl.int64, k_s: tl.int32,
+    queries, keys, heads, group, scale,
+    CAUSAL: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of one tile of keys, summed over the query heads that share them in a fixed order."""
+    tiles = tl.cdiv(keys, BLOCK_N)
+    head_kv = tl.program_id(0) // tiles
+    first = tl.program_id(0) % tiles * BLOCK_N
+    heads_kv = heads // group
+    b = (head_kv // heads_kv).to(tl.int64)
+    h_kv = head_kv % heads_kv
+    k_tile = _rows(k + b * k_b + h_kv.to(tl.int64) * k_h, first, k_s, keys, D, BLOCK_N, True)
+    v_tile = _rows(v + b * k_b + h_kv.to(tl.int64) * k_h, first, k_s, keys, D, BLOCK_N, True)
+    dk_i = tl.zeros([BLOCK_N, D], tl.float32)
+    dv_i = tl.zeros([BLOCK_N, D], tl.float32)
+    begin = 0
+    free = 0  # the queries from here on see all keys of the tile
+    if CAUSAL:
+        begin = first // BLOCK_M * BLOCK_M
+        free = tl.minimum(tl.cdiv(first + BLOCK_N - 1, BLOCK_M) * BLOCK_M, queries)
+    for h in tl.range(h_kv * group, (h_kv + 1) * group):
+        out = b * heads * queries + tl.cast(h, tl.int64) * queries
+        q_h_base = q + b * q_b + tl.cast(h, tl.int64) * q_h
+        if CAUSAL:
+            dk_i, dv_i = _stream_queries(
+                begin, free, k_tile, v_tile, dk_i, dv_i, go + out * D, q_h_base, lse + out, delta + out, q_s, first,
+                queries, scale, True, D, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+        dk_i, dv_i = _stream_queries(
+            free, queries, k_tile, v_tile, dk_i, dv_i, go + out * D, q_h_base, lse + out, delta + out, q_s, first,
+            queries, scale, False, D, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+    out_kv = head_kv.to(tl.int64) * keys
+    _store_rows(dk + out_kv * D, dk_i * scale, first, keys, D, BLOCK_N)
+    _store_rows(dv + out_kv * D, dv_i, first, keys, D, BLOCK_N)
+
+
+@triton.jit
+def _stream_queries(
+    begin, end, k, v, dk, dv, go, q, lse, delta, q_s, first, queries, scale,
+    MASKED: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    for start in tl.range(begin, end, BLOCK_M):
+        row = start + tl.arange(0, BLOCK_M)
+        q_tile = _rows(q, start, q_s, queries, D, BLOCK_M, True)
+        go_tile = _rows(go, start, D, queries, D, BLOCK_M, True)
+        lse_i = tl.load(lse + row, mask=row < queries, other=float("inf")) * LOG2E  # beyond the last query P is zero
+        delta_i = tl.load(delta + row, mask=row < queries, other=0.0)
+        p = tl.exp2(tl.dot(k, q_tile.trans(), input_precision="ieee") * (scale * LOG2E) - lse_i[None, :])
+        if MASKED:
+            p = tl.where(row[None, :] >= first + tl.arange(0, BLOCK_N)[:, None], p, 0.0)
+        dp = tl.dot(v, go_tile.trans(), input_precision="ieee")
+        dv = tl.dot(p.to(go_tile.dtype), go_tile, dv, input_precision="ieee")
+        ds = p * (dp - delta_i[None, :])
+        dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision="ieee")
+    return dk, dv
+
+
+def backward(
+    go: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv), contiguous, of the gradient `go` of `o` alone; `o` and `lse` are those of `forward`. Deterministic."""
+    (q,), (k, v) = _alike(q), _alike(k, v)
+    go, o, lse = map(_packed, (go, o, lse))
+    (b, heads, queries, d), (kv_heads, keys) = q.shape, k.shape[1:3]
+    dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    delta = torch.empty_like(lse)
+    sizes = (*_strides(q), *_strides(k), queries, keys, heads, heads // kv_heads, float(scale), causal, d)
+    with _device(q):
+        tile = tuning.tile("backward_queries", q, keys, 0)
+        _backward_queries[(triton.cdiv(queries, tile.block_m) * b * heads,)](
+            go, q, k, v, o, lse, delta, dq, *sizes, **tile.options()
+        )
+        tile = tuning.tile("backward_keys", q, keys, 0)
+        _backward_keys[(triton.cdiv(keys, tile.block_n) * b * kv_heads,)](
+            go, q, k, v, lse, delta, dk, dv, *sizes, **tile.options()
+        )
+    return dq, dk, dv
 
 
 def _device(x: Tensor) -> Any:
@@ -192,23 +372,28 @@ def _device(x: Tensor) -> Any:
     return torch.cuda.device_of(x) if x.is_cuda else contextlib.nullcontext()
 
 
-def _strides(x: Tensor | None) -> tuple[int, int, int]:
+def _strides(x: Tensor) -> tuple[int, ...]:
     """Strides of batch, head and row; that of an axis of size 1 means nothing and is 0."""
-    if x is None:
-        return 0, 0, 0
-    b, h, s = (0 if n == 1 else stride for n, stride in zip(x.shape[:3], x.stride(), strict=False))
-    return b, h, s
+    return tuple(0 if n == 1 else stride for n, stride in zip(x.shape[:3], x.stride(), strict=False))
 
 
-def _aligned(x: Tensor | None) -> Tensor | None:
-    """x, or a contiguous copy where vectorised loads of its rows, or 32-bit offsets within a tile, would not do."""
-    if x is None:
-        return None
-    x = x.detach()
+def _alike(*given: Tensor | None) -> list[Any]:
+    """The tensors in one layout: as they are if they share a loadable one, else contiguous (one layout saves registers)."""
+    present = [x for x in given if x is not None]
+    if all(map(_loadable, present)) and len({_strides(x) for x in present}) == 1:
+        return list(given)
+    return [None if x is None else _packed(x) for x in given]
+
+
+def _loadable(x: Tensor) -> bool:
+    """Whether rows load in pieces of 16 bytes, with offsets within a tile that fit 32 bits."""
     strides = _strides(x)
-    if x.stride(3) == 1 and x.data_ptr() % 16 == 0 and not any(n % 16 for n in strides) and strides[2] < 1 << 22:
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
+    return x.stride(3) == 1 and x.data_ptr() % 16 == 0 and not any(n % 16 for n in strides) and strides[2] < 1 << 22
+
+
+def _packed(x: Tensor) -> Tensor:
+    """x, or a contiguous copy of it at an address that is a multiple of 16 bytes."""
+    return x if x.is_contiguous() and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
 
 
 def refusal(q: Tensor, k: Tensor, v: Tensor) -> str | None:
@@ -222,7 +407,9 @@ def refusal(q: Tensor, k: Tensor, v: Tensor) -> str | None:
         if x.dtype not in DTYPES:
             return f"{name} is {x.dtype}: the fused kernel takes float16, bfloat16 and float32"
         if x.dtype != q.dtype or x.device != q.device:
-            return f"q is {q.dtype} on {q.device}, {name} is {x.dtype} on {x.device}: the fused kernel takes one of each"
+            return (
+                f"q is {q.dtype} on {q.device}, {name} is {x.dtype} on {x.device}: the fused kernel takes one of each"
+            )
         if x.shape[3] not in DIMS or x.shape[3] != q.shape[3]:
             sizes = ", ".join(map(str, DIMS))
             return f"D is {q.shape[3]} in q and {x.shape[3]} in {name}: the fused kernel takes one D of {sizes}"
