@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import flash_jvp
 from rcm.artefact import (
     UserError,
     atomic_file,
@@ -257,3 +259,12 @@ def test_missing_input_is_told_before_the_work(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"absent\.tar"), recording("x", stage="s", inputs=[tmp_path / "absent.tar"]):
         started = True
     assert not started
+
+
+def test_run_json_says_which_attention_kernels_ran(tmp_path: Path) -> None:
+    q = torch.randn(1, 1, 4, 16)
+    with recording(tmp_path / "out", stage="test"):
+        flash_jvp.attention_jvp(q, q, q, q, backend="math")
+        (tmp_path / "out").write_text("x")
+    taken = json.loads((tmp_path / "out.run.json").read_text())["host"]["attention"]
+    assert "math" in taken["attention_jvp"]

@@ -70,7 +70,9 @@ def _scale(q: Tensor, scale: float | None) -> float:
 def _autocast(x: Tensor) -> Tensor:
     """In the dtype of an active autocast, as `scaled_dot_product_attention` takes its inputs."""
     kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) and x.dtype != torch.float64 else x
+    if x.dtype == torch.float64 or not operators.autocasts(kind):
+        return x
+    return x.to(torch.get_autocast_dtype(kind))
 
 
 def _differentiated_twice() -> bool:

@@ -1,6 +1,6 @@
 """Attention of primals by kernels that PyTorch carries (or flash-attn brings), with the log-sum-exp of its rows.
 
-`forward` takes the kernel that `scaled_dot_product_attention` would take. The backwards take O and the log-sum-exp of
+The forward is the one that `scaled_dot_product_attention` would take. The backwards take O and the log-sum-exp of
 whichever forward made them, this package's own included, so that training needs no second forward pass.
 """
 
@@ -16,30 +16,35 @@ Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float, bool
 aten = torch.ops.aten
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor] | None:
-    """O and the log-sum-exp of PyTorch's fused kernel for these tensors; None where there is none."""
-    name = forward_name(q, k, v, scale, causal)
-    if name == "flash-cpu":
-        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
-    if name == "flash":
-        return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)[:2]
-    if name == "cudnn":
-        o, lse = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)[:2]
-        return o, lse.view(q.shape[:3])
-    return None
+def forward_name(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> str | None:
+    """The fused kernel that `scaled_dot_product_attention` takes here; None if it takes one without a log-sum-exp.
 
-
-def forward_name(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> str | None:
-    """The fused kernel that `scaled_dot_product_attention` takes here, if it returns a log-sum-exp we can use."""
-    if q.device.type not in ("cpu", "cuda"):
+    None for a causal mask over different lengths as well, except on a CPU: the CUDA kernels align it in different ways.
+    """
+    kind = q.device.type
+    if kind not in ("cpu", "cuda") or (kind == "cuda" and (q.shape[3] % 8 or (causal and q.shape[2] != k.shape[2]))):
         return None
     grouped = q.shape[1] != k.shape[1]
-    choice = torch._fused_sdp_choice(q, k, v, None, 0.0, causal, scale=scale, enable_gqa=grouped)
-    if q.device.type == "cpu":
-        return "flash-cpu" if choice == SDPBackend.FLASH_ATTENTION.value else None
-    if q.shape[3] % 8:  # PyTorch pads these outside of the operator
-        return None
-    return {SDPBackend.FLASH_ATTENTION.value: "flash", SDPBackend.CUDNN_ATTENTION.value: "cudnn"}.get(choice)
+    choice = torch._fused_sdp_choice(q, k, v, None, 0.0, causal, enable_gqa=grouped)
+    if choice == SDPBackend.FLASH_ATTENTION.value:
+        return "flash-cpu" if kind == "cpu" else "flash"
+    return "cudnn" if choice == SDPBackend.CUDNN_ATTENTION.value else None
+
+
+def _flash_cpu_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+
+
+def _flash_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)[:2]
+
+
+def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    o, lse = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)[:2]
+    return o, lse.view(q.shape[:3])
+
+
+FORWARDS = {"flash-cpu": _flash_cpu_forward, "flash": _flash_forward, "cudnn": _cudnn_forward}
 
 
 def backwards(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> dict[str, Backward]:

@@ -4,10 +4,12 @@ torch.compile and torch.export keep them whole: each has a fake implementation a
 """
 
 import importlib.util
+from collections import defaultdict
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
@@ -20,19 +22,27 @@ REACHED = (
     "compute it under torch.no_grad()"
 )
 
+_taken: dict[str, set[str]] = defaultdict(set)
+
+
+def taken() -> dict[str, list[str]]:
+    """The kernels that `attention`, `attention_jvp` and "backward" have run on so far in this process."""
+    return {operator: sorted(names) for operator, names in sorted(_taken.items())}
+
 
 def choose(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, backend: str = "auto") -> dict[str, str]:
-    """Which kernels `attention`, `attention_jvp` and the gradient of their O take for such tensors.
+    """The kernels that `attention`, `attention_jvp` and "backward", the gradient of their O, take for such tensors.
 
     Raises ValueError where the backend asked for cannot take them.
     """
     own = own_backend(q, k, v, backend)
-    primal = library.forward_name(q, k, v, 1.0, causal) if backend == "auto" else None
-    return {
-        "attention": f"PyTorch {primal}" if primal else own,
-        "attention_jvp": own,
-        "backward": backward_name(q, k, v, causal, backend),
-    }
+    primal = library.forward_name(q, k, v, causal) if backend == "auto" else None
+    return {"attention": primal or own, "attention_jvp": own, "backward": backward_name(q, k, v, causal, backend)}
+
+
+@cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def own_backend(q: Tensor, k: Tensor, v: Tensor, backend: str) -> str:
@@ -41,7 +51,7 @@ def own_backend(q: Tensor, k: Tensor, v: Tensor, backend: str) -> str:
         return backend
     if backend == "auto" and q.device.type != "cuda":
         return "torch"
-    if not importlib.util.find_spec("triton"):
+    if not has_triton():
         refusal: str | None = "Triton is not installed (pip install triton, on Linux)"
     else:
         from flash_jvp import fused
@@ -67,7 +77,7 @@ def backward_name(q: Tensor, k: Tensor, v: Tensor, causal: bool, backend: str) -
 
 
 def _own(backend: str) -> Any:
-    """The module-like pair of functions `forward`, `backward` of one of this package's backends."""
+    """The functions `forward` and `backward` of one of this package's backends."""
     if backend == "triton":
         from flash_jvp import fused
 
@@ -75,26 +85,26 @@ def _own(backend: str) -> Any:
     return {"math": plain.math, "torch": plain.stream}[backend], plain.stream_backward
 
 
-def _refuse_duals(*tensors: Tensor | None) -> None:
-    """An operator below the autograd layer would drop tangents in silence."""
-    if forward_ad._current_level >= 0 and any(
-        x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors
-    ):
-        raise RuntimeError(
-            "this operator drops the tangents of dual tensors: call flash_jvp.attention, and where torch.compile "
-            "is used, make the dual tensors inside the compiled function (torch.func.jvp)"
-        )
+def autocasts(kind: str) -> bool:
+    """Whether an autocast is active on a kind of device."""
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def _exactly(kind: str) -> AbstractContextManager[Any]:
+    """Inside an operator, autocast must not round what is computed in float32 on purpose."""
+    return torch.autocast(kind, enabled=False) if autocasts(kind) else nullcontext()
 
 
 @torch.library.custom_op("flash_jvp::attention", mutates_args=())
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, backend: str) -> tuple[Tensor, Tensor]:
     """O and the log-sum-exp of its rows."""
-    _refuse_duals(q, k, v)
-    result = library.forward(q, k, v, scale, causal) if backend == "auto" else None
-    if result is None:
-        o, _, lse = _own(own_backend(q, k, v, backend))[0](q, k, v, None, None, None, scale, causal)
-    else:
-        o, lse = result
+    name = choose(q, k, v, causal=causal, backend=backend)["attention"]
+    _taken["attention"].add(name)
+    with _exactly(q.device.type):
+        if name in BACKENDS:
+            o, _, lse = _own(name)[0](q, k, v, None, None, None, scale, causal)
+        else:
+            o, lse = library.FORWARDS[name](q, k, v, scale, causal)
     return o.contiguous(), lse.contiguous()
 
 
@@ -111,8 +121,10 @@ def attention_jvp(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """O, its tangent and the log-sum-exp of its rows."""
-    _refuse_duals(q, k, v, tq, tk, tv)
-    o, to, lse = _own(own_backend(q, k, v, backend))[0](q, k, v, tq, tk, tv, scale, causal)
+    name = own_backend(q, k, v, backend)
+    _taken["attention_jvp"].add(name)
+    with _exactly(q.device.type):
+        o, to, lse = _own(name)[0](q, k, v, tq, tk, tv, scale, causal)
     return o, torch.zeros_like(o) if to is None else to, lse
 
 
@@ -133,8 +145,10 @@ def attention_backward(
     if gto is not None and gto.any():
         raise RuntimeError(REACHED)
     name = backward_name(q, k, v, causal, backend)
+    _taken["backward"].add(name)
     run = _own(name)[1] if name in BACKENDS else library.backwards(q, k, v, causal)[name]
-    dq, dk, dv = run(go.contiguous(), q, k, v, o, lse, scale, causal)
+    with _exactly(q.device.type):
+        dq, dk, dv = run(go.contiguous(), q, k, v, o, lse, scale, causal)
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 

@@ -246,6 +246,8 @@ def _host() -> dict[str, Any]:
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             host["gpu"] = torch.cuda.get_device_name()
             host["gpu_peak_mib"] = torch.cuda.max_memory_allocated() // 2**20
+    if "flash_jvp" in sys.modules:
+        host["attention"] = sys.modules["flash_jvp"].taken()
     return host
 
 

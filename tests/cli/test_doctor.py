@@ -25,6 +25,7 @@ def test_doctor_names_every_part(run: Run, monkeypatch: pytest.MonkeyPatch, caps
     assert lines["wandb"] == "absent: metrics go to JSON lines only"
     assert lines["ffmpeg"].startswith("absent")
     assert all(lines[name].endswith("not used yet") for name in doctor.PLANNED)
+    assert lines["attention"].split(None, 2)[2] == "flash-cpu; with tangents torch; gradient flash-cpu"
     run("doctor")
 
 

@@ -76,7 +76,7 @@ def test_jvp_with_own_scale_and_value_size(backend: str) -> None:
 @pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (33, 33), (20, 50), (50, 20), (1, 40)])
 def test_masks_and_shared_key_heads(queries: int, keys: int, backend: str, group: int, causal: bool) -> None:
-    """Causal masks count from the first key, whatever the lengths; JVP and gradient against those of plain attention."""
+    """Causal masks count from the first key, whatever the lengths; JVP and gradient are those of plain attention."""
     tensors = inputs(queries, keys, heads=2, group=group)
     expected = reference(tensors, causal=causal)
     primals = [x.clone().requires_grad_() for x in tensors[:3]]

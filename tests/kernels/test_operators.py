@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from flash_jvp import attention, attention_jvp, choose, library
+from flash_jvp import attention, attention_jvp, choose, library, operators, taken
 
 from .test_attention import attend, inputs, reference, relative
 
@@ -181,13 +182,13 @@ def test_operators_are_registered_as_they_behave(tensors: list[Tensor], dtype: t
     """PyTorch's own check: schema, fake implementation (shapes, strides, dtypes), autograd, dynamic shapes."""
     tensors = [x.to(dtype) for x in tensors]
     q, k, v = (x.clone().requires_grad_() for x in tensors[:3])
-    operators = torch.ops.flash_jvp
-    torch.library.opcheck(operators.attention.default, (q, k, v, 0.25, False, backend))
+    ops = torch.ops.flash_jvp
+    torch.library.opcheck(ops.attention.default, (q, k, v, 0.25, False, backend))
     for tangents in (tensors[3:], [tensors[3], None, None], [None] * 3):
-        torch.library.opcheck(operators.attention_jvp.default, (*tensors[:3], *tangents, 0.25, True, backend))
-    o, lse = operators.attention(*tensors[:3], 0.25, False, backend)
+        torch.library.opcheck(ops.attention_jvp.default, (*tensors[:3], *tangents, 0.25, True, backend))
+    o, lse = ops.attention(*tensors[:3], 0.25, False, backend)
     rest = (torch.ones_like(o), None, *tensors[:3], o, lse, 0.25, False, backend)
-    torch.library.opcheck(operators.attention_backward.default, rest)
+    torch.library.opcheck(ops.attention_backward.default, rest)
 
 
 # What is chosen
@@ -195,17 +196,17 @@ def test_operators_are_registered_as_they_behave(tensors: list[Tensor], dtype: t
 
 def test_choice_is_told(tensors: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = tensors[:3]
-    fastest = {"attention": "PyTorch flash-cpu", "attention_jvp": "torch", "backward": "flash-cpu"}
+    fastest = {"attention": "flash-cpu", "attention_jvp": "torch", "backward": "flash-cpu"}
     assert choose(q, k, v) == fastest
     assert choose(q, k, v, causal=True)["backward"] == "torch"  # 9 queries, 12 keys
     assert choose(q, k, v[..., :8]) == {"attention": "torch", "attention_jvp": "torch", "backward": "torch"}
     assert set(choose(q, k, v, backend="math").values()) == {"math"}
-    called = []
-    for name in ("forward", "backwards"):
-        original = getattr(library, name)
-        monkeypatch.setattr(library, name, lambda *x, f=original, n=name: (called.append(n), f(*x))[1])
+    monkeypatch.setattr(operators, "_taken", defaultdict(set))
     gradients(attention, tensors, torch.ones(2, 4, 9, 16, dtype=torch.float64))
-    assert set(called) == {"forward", "backwards"}
+    assert taken() == {"attention": ["flash-cpu"], "backward": ["flash-cpu"]}
+    attention_jvp(*tensors, backend="math")
+    attention_jvp(*tensors)
+    assert taken()["attention_jvp"] == ["math", "torch"]
 
 
 @pytest.mark.parametrize("name", ["flash", "cudnn"])
@@ -268,26 +269,15 @@ def test_unknown_backend_is_named(tensors: list[Tensor]) -> None:
         attention(*tensors[:3], backend="cuda")
 
 
-def test_operators_called_by_hand_refuse_dual_tensors(tensors: list[Tensor]) -> None:
-    with torch.no_grad(), forward_ad.dual_level():
-        q = forward_ad.make_dual(tensors[0], tensors[3])
-        for call in (
-            lambda: torch.ops.flash_jvp.attention(q, *tensors[1:3], 0.25, False, "auto"),
-            lambda: torch.ops.flash_jvp.attention_jvp(q, *tensors[1:], 0.25, False, "auto"),
-        ):
-            with pytest.raises(RuntimeError, match="drops the tangents of dual tensors"):
-                call()
-
-
 # The package by itself
 
 BARE = """
-import sys
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {refused!r}:
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Refuse())
+import importlib.machinery, sys
+class Without(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split(".")[0] in {refused!r} else super().find_spec(name, path, target)
+sys.meta_path = [Without if x is importlib.machinery.PathFinder else x for x in sys.meta_path]
 import torch, flash_jvp
 q = torch.randn(1, 2, 5, 16)
 assert not {{"rcm", "triton", "flash_attn"}} & set(sys.modules), sorted(sys.modules)

@@ -16,8 +16,10 @@ OPTIONAL = {  # distribution: what happens without it
     "snakemake": "stages must be run one by one: pip install snakemake",
     "wandb": "metrics go to JSON lines only",
     "dvc": "results are not versioned, everything else works",
+    "triton": "on a GPU, attention with tangents streams in plain PyTorch, slower",
+    "flash-attn": "on a GPU, the gradient of attention takes the kernels that PyTorch carries",
 }
-PLANNED = ("triton", "flash-attn", "transformer-engine")  # the extra `gpu`
+PLANNED = ("transformer-engine",)  # of the extra `gpu`
 
 
 def doctor(arguments: argparse.Namespace) -> None:
@@ -74,10 +76,10 @@ def ffmpeg() -> str:
 
 
 def accelerator() -> list[str]:
-    """Threads, CUDA and the attention backend that would be chosen here."""
+    """Threads, CUDA and the attention kernels that would be chosen here."""
     import torch
 
-    from flash_jvp import BACKENDS
+    from flash_jvp import choose
 
     setting = os.environ.get("OMP_NUM_THREADS", "not set")
     lines = [line("threads", f"{torch.get_num_threads()} (OMP_NUM_THREADS {setting})")]
@@ -88,5 +90,8 @@ def accelerator() -> list[str]:
         )
     else:
         lines.append(line("CUDA", "absent: everything runs on the processor"))
-    lines.append(line("attention", "scaled_dot_product_attention of PyTorch"))
-    return [*lines, line("attention with tangents", f"flash_jvp, backend torch (of {', '.join(sorted(BACKENDS))})")]
+    for device, dtype in [("cpu", torch.float32), ("cuda", torch.bfloat16)][: 1 + torch.cuda.is_available()]:
+        q = torch.empty(1, 1, 1024, 128, device=device, dtype=dtype)
+        kernels = "{attention}; with tangents {attention_jvp}; gradient {backward}".format_map(choose(q, q, q))
+        lines.append(line(f"attention on {device}", kernels))
+    return lines
