@@ -296,3 +296,12 @@ def test_the_package_works_without_triton_flash_attn_or_this_library() -> None:
     shape, refusal = result.stdout.strip().splitlines()
     assert shape == "torch.Size([1, 2, 5, 16])"
     assert re.search("backend 'triton' cannot take these tensors: .*Triton", refusal)
+
+
+def test_the_example_of_the_readme_runs() -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", (KERNELS / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    names: dict[str, Tensor] = {}
+    exec(example, names)
+    q, k, v, tq = (names[name].double() for name in ("q", "k", "v", "tq"))
+    _, expected = torch.func.jvp(lambda q: attend(q, k, v), (q,), (tq,))
+    assert relative(names["to"].double(), expected) < 1e-5
