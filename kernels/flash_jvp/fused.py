@@ -401,8 +401,8 @@ def refusal(q: Tensor, k: Tensor, v: Tensor) -> str | None:
 
 
 def _device_refusal(q: Tensor) -> str | None:
-    if INTERPRETED:
-        # The interpreter's dot multiplies the bit patterns of bfloat16 (Triton 3.7.1).
+    if INTERPRETED and q.device.type in ("cpu", "cuda"):
+        # Its dot multiplies the bit patterns of bfloat16 (Triton 3.7.1).
         wrong = q.dtype == torch.bfloat16
         return "q is torch.bfloat16: Triton's interpreter multiplies float16 and float32 only" if wrong else None
     if q.device.type != "cuda" or torch.version.hip is not None:
