@@ -1,4 +1,4 @@
-"""What the compiler makes of the shipped tiles: registers, stack, shared memory and tensor-core instructions, without a GPU.
+"""What the compiler makes of the shipped tiles, without a GPU: registers, stack, shared memory, tensor-core products.
 
 `python -m flash_jvp.compiled` runs the launchers of `fused` on a driver that compiles for a named card and launches
 nothing, so that what is compiled is what a call on that card would compile. The exit status is 1 if a kernel keeps more
@@ -36,7 +36,7 @@ SHARED_KIB = {
 }  # CUDA programming guide, per block
 ARCHS = (80, 86, 90, 100, 120)
 DIMS = (16, 32, 64, 128, 256)
-MAX_STACK = 16
+MAX_STACK = 32  # bytes: eight registers
 
 
 class Case(NamedTuple):
@@ -51,7 +51,7 @@ class Case(NamedTuple):
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one compiled kernel: per thread registers and stack bytes, per block bytes of shared memory; whole text counts."""
+    """Registers and stack bytes per thread, bytes of shared memory per block, instructions in the text."""
 
     registers: int
     stack: int
@@ -164,9 +164,12 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m flash_jvp.compiled",
         description="Compile the fused kernels for cards that are not there and check registers and shared memory.",
     )
-    several = {"nargs": "+", "metavar": "N"}
-    parser.add_argument("--arch", **several, type=int, choices=SHARED_KIB, default=ARCHS, help=f"default {ARCHS}")
-    parser.add_argument("--dim", **several, type=int, choices=DIMS, default=DIMS, help=f"D, default {DIMS}")
+    parser.add_argument(
+        "--arch", nargs="+", metavar="N", type=int, choices=SHARED_KIB, default=ARCHS, help=f"default {ARCHS}"
+    )
+    parser.add_argument(
+        "--dim", nargs="+", metavar="N", type=int, choices=DIMS, default=DIMS, help=f"D, default {DIMS}"
+    )
     parser.add_argument("--dtype", nargs="+", default=("bfloat16", "float32"), help="default bfloat16 float32")
     parser.add_argument("--causal", action="store_true", help="the causal kernels instead of the full ones")
     parser.add_argument("--stack", type=int, default=MAX_STACK, metavar="BYTES", help=f"allowed, default {MAX_STACK}")

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def"
 """Attention of primals and tangents in Triton: one forward kernel, and the two kernels of the primal's backward.
 
     S  = q kᵀ · scale                     P = softmax(S)          O  = P v

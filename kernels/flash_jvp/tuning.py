@@ -8,6 +8,7 @@ element size, D, and the lengths rounded up to powers of two.
 import argparse
 import contextlib
 import functools
+import itertools
 import json
 import math
 import os
@@ -42,12 +43,47 @@ class Tile:
 
 INTERPRETER = Tile(64, 32, 4, 1)
 
-# By family of cards, then kernel, for D up to 64, 128 and 256 in 16-bit types; chosen by what the compiler says of
-# registers and shared memory (`python -m flash_jvp.compiled`).
-FAMILIES = {80: "ampere", 87: "ampere", 90: "hopper", 100: "blackwell", 103: "blackwell"}  # others: "small", 99 KiB
-TILES_16: dict[str, dict[str, tuple[Tile, Tile, Tile]]] = {}
-# In float32 the products run on CUDA cores, whatever the card: for D up to 64, 128 and 256.
-TILES_32: dict[str, tuple[Tile, Tile, Tile]] = {}
+# By family of cards and kernel, for D up to 64, 128 and 256 in 16-bit types: chosen by what the compiler says of
+# registers and shared memory (`python -m flash_jvp.compiled`), not yet by time.
+FAMILIES = {80: "ampere", 87: "ampere", 90: "hopper", 100: "blackwell", 103: "blackwell"}  # any other: "small"
+TILES_16 = {
+    "hopper": {
+        "forward": (Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(128, 64, 8, 2)),
+        "forward_tq": (Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(64, 16, 8, 2)),
+        "forward_jvp": (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 32, 8, 2)),
+        "backward_queries": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
+        "backward_keys": (Tile(64, 128, 8, 2), Tile(32, 128, 8, 2), Tile(16, 64, 8, 2)),
+    },
+    "blackwell": {
+        "forward": (Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(128, 64, 8, 2)),
+        "forward_tq": (Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(64, 32, 8, 2)),
+        "forward_jvp": (Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), Tile(32, 32, 8, 2)),
+        "backward_queries": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 32, 8, 2)),
+        "backward_keys": (Tile(64, 64, 8, 2), Tile(32, 64, 8, 2), Tile(32, 32, 8, 2)),
+    },
+    "ampere": {
+        "forward": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 3), Tile(128, 64, 8, 2)),
+        "forward_tq": (Tile(128, 64, 8, 2), Tile(128, 32, 8, 3), Tile(64, 32, 8, 2)),
+        "forward_jvp": (Tile(128, 64, 8, 2), Tile(64, 32, 4, 2), Tile(64, 32, 8, 2)),
+        "backward_queries": (Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 32, 8, 2)),
+        "backward_keys": (Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 32, 4, 2)),
+    },
+    "small": {  # 99 KiB of shared memory: 8.6, 8.9, 12.x and what is not known
+        "forward": (Tile(128, 64, 8, 2), Tile(64, 64, 4, 3), Tile(64, 32, 8, 2)),
+        "forward_tq": (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(32, 32, 8, 2)),
+        "forward_jvp": (Tile(128, 64, 8, 2), Tile(64, 32, 4, 2), Tile(32, 16, 8, 2)),
+        "backward_queries": (Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 32, 8, 2)),
+        "backward_keys": (Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 32, 4, 2)),
+    },
+}
+# In float32 the products run on CUDA cores of any card.
+TILES_32 = {
+    "forward": (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(16, 16, 8, 1)),
+    "forward_tq": (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(16, 16, 8, 1)),
+    "forward_jvp": (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(16, 16, 8, 1)),
+    "backward_queries": (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(16, 16, 8, 1)),
+    "backward_keys": (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(16, 16, 8, 1)),
+}
 
 _forced: dict[str, Tile] = {}
 
@@ -161,12 +197,9 @@ SHAPES = ("1,12,32760,128", "1,4,32760,128", "1,12,32760,512,128", "1,20,4080,64
 def candidates(kernel: str) -> list[Tile]:
     """What the sweep tries; a tile that does not fit a card is passed over."""
     sides = (16, 32, 64, 128)
-    blocks = [
-        (m, n) for m in sides for n in sides if 32 <= (n if kernel == "backward_keys" else m) and m * n <= 1 << 14
-    ]
-    return [
-        Tile(m, n, warps, stages) for m, n in blocks if m * n >= 1 << 11 for warps in (4, 8) for stages in (2, 3, 4)
-    ]
+    own = 1 if kernel == "backward_keys" else 0  # the side that a program keeps
+    blocks = [x for x in itertools.product(sides, sides) if x[own] >= 32 and 1 << 11 <= x[0] * x[1] <= 1 << 14]
+    return [Tile(m, n, warps, stages) for m, n in blocks for warps in (4, 8) for stages in (2, 3, 4)]
 
 
 def _sample(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
@@ -197,18 +230,21 @@ def _runs(
 
     q, k, v, tq, tk, tv = _sample(shape, dtype, device)
     scale = shape.d**-0.5
-    if shape.queries != shape.keys:
-        tk = tv = None
+    context = (tk, tv) if shape.queries == shape.keys else (None, None)
     rows = torch.linspace(0, shape.queries - 1, min(64, shape.queries), device=device).long()
-    expected = _rows_in_float64(q[:, :, rows], k, v, [tq[:, :, rows], tk, tv], scale)
+    expected = _rows_in_float64(q[:, :, rows], k, v, [tq[:, :, rows], *context], scale)
     o, _, lse = fused.forward(q, k, v, None, None, None, scale, False)
     go = torch.randn_like(o)
     leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
-    gradients = torch.autograd.grad(F.scaled_dot_product_attention(*leaves, scale=scale), leaves, go)
+    gradients = torch.autograd.grad(
+        F.scaled_dot_product_attention(leaves[0], leaves[1], leaves[2], scale=scale), leaves, go
+    )
 
-    def forward(*tangents: Tensor | None) -> tuple[Callable[[], object], Callable[[], float]]:
+    def forward(
+        tq: Tensor | None, tk: Tensor | None, tv: Tensor | None
+    ) -> tuple[Callable[[], object], Callable[[], float]]:
         def run() -> tuple[Tensor, Tensor | None, Tensor]:
-            return fused.forward(q, k, v, *tangents, scale, False)
+            return fused.forward(q, k, v, tq, tk, tv, scale, False)
 
         def error() -> float:
             return max(_relative(x[:, :, rows], y) for x, y in zip(run()[:2], expected, strict=True) if x is not None)
@@ -223,7 +259,7 @@ def _runs(
 
     return {
         "forward": forward(None, None, None),
-        ("forward_tq" if tk is None else "forward_jvp"): forward(tq, tk, tv),
+        ("forward_tq" if context[0] is None else "forward_jvp"): forward(tq, *context),
         "backward_queries": (backward, backward_error),
         "backward_keys": (backward, backward_error),
     }
@@ -264,7 +300,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m flash_jvp.tuning",
-        description="Measure the tiles of the fused kernels on this GPU, check the output of each, and keep the fastest.",
+        description="Measure tiles of the fused kernels on this GPU, check the output of each, keep the fastest.",
     )
     parser.add_argument(
         "--shape",
