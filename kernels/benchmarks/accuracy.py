@@ -11,14 +11,13 @@ to stay within four times the bound as well. NaN and Inf fail.
 """
 
 import argparse
-import functools
 import math
 import sys
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from itertools import combinations, groupby, product
 from pathlib import Path
 from typing import Any
@@ -63,15 +62,15 @@ class Case:
         return f"{self.problem} tangents={self.tangents or 'none'}{' strided' * self.strided}"
 
 
-def every_case(axes: Sequence[Sequence[Any]]) -> list[Case]:
+def every_case(axes: Sequence[tuple[Any, ...]]) -> list[Case]:
     return [Case(Problem(*setting[:-2]), *setting[-2:]) for setting in product(*axes)]
 
 
-def every_pair(axes: Sequence[Sequence[Any]]) -> list[Case]:
+def every_pair(axes: Sequence[tuple[Any, ...]]) -> list[Case]:
     """Cases that hold every pair of two axes' values at least once, chosen greedily and the same every time."""
     pairs = [((i, a), (j, b)) for (i, x), (j, y) in combinations(enumerate(axes), 2) for a in x for b in y]
     missing = dict.fromkeys(pairs)  # a set that keeps its order
-    cases = []
+    cases: list[Case] = []
 
     def gain(chosen: dict[int, Any], axis: int, value: Any) -> int:
         return sum(tuple(sorted([(i, x), (axis, value)], key=lambda p: p[0])) in missing for i, x in chosen.items())
@@ -81,7 +80,7 @@ def every_pair(axes: Sequence[Sequence[Any]]) -> list[Case]:
         for axis, values in enumerate(axes):
             if axis not in chosen:
                 shift = len(cases) % len(values)  # ties go round, for a varied filling
-                chosen[axis] = max(values[shift:] + values[:shift], key=lambda x, a=axis: gain(chosen, a, x))
+                chosen[axis] = max(values[shift:] + values[:shift], key=partial(gain, chosen, axis))
         setting = sorted(chosen.items())
         for pair in combinations(setting, 2):
             missing.pop(pair, None)
@@ -127,12 +126,11 @@ def plain_jvp(
     given = [i for i, tangent in enumerate(tangents) if tangent is not None]
 
     def attend(*moved: Tensor) -> Tensor:
-        inputs = list(primals)
-        for i, x in zip(given, moved, strict=True):
-            inputs[i] = x
-        return plain(*inputs, causal)
+        inputs = dict(enumerate(primals)) | dict(zip(given, moved, strict=True))
+        return plain(inputs[0], inputs[1], inputs[2], causal)
 
-    return torch.func.jvp(attend, tuple(primals[i] for i in given), tuple(tangents[i] for i in given))
+    o, to, *_ = torch.func.jvp(attend, tuple(primals[i] for i in given), tuple(tangents[i] for i in given))
+    return o, to
 
 
 def random_inputs(
@@ -270,7 +268,7 @@ def run(case: Case, reference: Reference, backend: str) -> dict[str, Tensor]:
     primals = [layout(x) for x in reference.primals]
     causal = case.problem.causal
     if not case.tangents:
-        attend = functools.partial(flash_jvp.attention, backend=backend)
+        attend = partial(flash_jvp.attention, backend=backend)
         return gradients(attend, primals, layout(reference.gradient), causal)
     tangents = [None if t is None else layout(t) for t in reference.given(case.tangents)]
     o, to = flash_jvp.attention_jvp(*primals, *tangents, causal=causal, backend=backend)

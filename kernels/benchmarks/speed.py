@@ -27,7 +27,6 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -36,7 +35,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import flash_jvp
-from benchmarks.accuracy import excess, gradients, norms, plain, plain_jvp, random_inputs
+from benchmarks.accuracy import excess, norms, plain_gradients, plain_jvp, random_inputs
 from flash_jvp import library, operators
 from flash_jvp import plain as plain_torch
 
@@ -168,7 +167,8 @@ def with_gradient(inputs: Inputs, name: str) -> tuple[Tensor, ...]:
 def backwards(inputs: Inputs) -> dict[str, Callable[..., tuple[Tensor, ...]]]:
     """The backward kernels that take such inputs, by name."""
     q, k, v = inputs.primals
-    found = {**library.backwards(q, k, v, False), "torch": plain_torch.stream_backward}
+    found: dict[str, Callable[..., tuple[Tensor, ...]]] = {**library.backwards(q, k, v, False)}
+    found["torch"] = plain_torch.stream_backward
     if operators.own_backend(q, k, v, "auto") == "triton":
         from flash_jvp import fused
 
@@ -190,12 +190,10 @@ class Sample:
         (q, k, v), (tq, *t_others) = self.inputs.primals, self.inputs.tangents
         primals, tangents = [q[:, :, self.rows], k, v], [tq if tq is None else tq[:, :, self.rows], *t_others]
         go = self.inputs.gradient[:, :, self.rows]
-        self.answers = {
-            "jvp": (plain_jvp(double(primals), double(tangents)), plain_jvp(primals, tangents)),
-            "gradient": (
-                tuple(gradients(plain, double(primals), go.double(), False).values())[1:],
-                tuple(gradients(plain, primals, go, False).values())[1:],
-            ),
+        exact, t_exact = [x.double() for x in primals], [t if t is None else t.double() for t in tangents]
+        self.answers = {  # exact and naive
+            "jvp": (plain_jvp(exact, t_exact), plain_jvp(primals, tangents)),
+            "gradient": (sampled_gradients(exact, go.double()), sampled_gradients(primals, go)),
         }
 
     def error(self, kind: str, results: Sequence[Tensor]) -> tuple[float, bool]:
@@ -207,8 +205,9 @@ class Sample:
         return max(errors), finite and within
 
 
-def double(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    return [x if x is None else x.double() for x in tensors]
+def sampled_gradients(primals: Sequence[Tensor], gradient: Tensor) -> tuple[Tensor, ...]:
+    results = plain_gradients(primals, gradient, causal=False)
+    return tuple(results[name] for name in ("dq", "dk", "dv"))
 
 
 @dataclass
@@ -241,30 +240,32 @@ class Entry:
         if not right:
             self.note = "WRONG"
 
-    def attempt(self, act: Callable[[], None]) -> None:
+    def time(self, sets: Sequence[Inputs], seconds: float) -> None:
+        self.rounds.append(times(self.run, sets, seconds, sets[0].primals[0].is_cuda))
+
+    def attempt(self, act: Callable[..., None], *arguments: Any) -> None:
         """Note why it cannot be measured, if so: one variant's failure is no reason to lose the others."""
         if self.note:
             return
         try:
-            act()
+            act(*arguments)
         except torch.OutOfMemoryError:
             self.note = "out of memory"
         except (Unavailable, ValueError) as error:
             self.note = str(error)
         except Exception as error:
-            self.note = f"failed: {type(error).__name__}: {str(error).splitlines()[0]}"
+            self.note = f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
-def times(run: Callable[[Inputs], Any], sets: Sequence[Inputs], seconds: float) -> list[float]:
+def times(run: Callable[[Any], Any], sets: Sequence[Any], seconds: float, cuda: bool) -> list[float]:
     """Milliseconds of each of many runs that fill about `seconds`, after a warm-up."""
-    cuda = sets[0].primals[0].is_cuda
+    run(sets[0])  # may compile
+    wait(cuda)
     began = time.perf_counter()
-    for n in range(3):
-        if n == 1:  # the first may compile
-            began = time.perf_counter()
+    for n in range(2):
         run(sets[n % len(sets)])
         wait(cuda)
-    repeats = min(500, max(5, int(seconds / ((time.perf_counter() - began) / 2))))
+    repeats = min(500, max(5, int(2 * seconds / (time.perf_counter() - began))))
     if not cuda:
         clock = [time.perf_counter()]
         for n in range(repeats):
@@ -298,19 +299,19 @@ def measure(shape: Shape, variants: Sequence[str], device: str, dtype: torch.dty
     sets = [Inputs(shape, device, dtype, seed=2)]
     sets += [Inputs(shape, device, dtype, seed=3 + n) for n in range(min(7, 2 * cache // sets[0].bytes()))]
     for entry in entries:
-        entry.attempt(lambda entry=entry: entry.check(sample))
+        entry.attempt(entry.check, sample)
     for _ in range(2):
         for entry in entries:
-            entry.attempt(lambda entry=entry: entry.rounds.append(times(entry.run, sets, seconds)))
+            entry.attempt(entry.time, sets, seconds)
     for entry in entries:
-        entry.attempt(lambda entry=entry: entry.check(sample))
+        entry.attempt(entry.check, sample)
     return entries
 
 
 def matmul_rate(size: int, device: str, dtype: torch.dtype, seconds: float) -> float:
     """TFLOP/s of a square matrix product."""
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    return 2 * size**3 / 1e9 / median(times(lambda _: a @ b, [SimpleNamespace(primals=[a])], seconds))
+    return 2 * size**3 / 1e9 / median(times(b.matmul, [a], seconds, a.is_cuda))
 
 
 def first_results(lengths: Sequence[int]) -> dict[str, float]:
