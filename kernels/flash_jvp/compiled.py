@@ -37,6 +37,7 @@ SHARED_KIB = {
 ARCHS = (80, 86, 90, 100, 120)
 DIMS = (16, 32, 64, 128, 256)
 MAX_STACK = 32  # bytes: eight registers
+EXCEPTIONS = {("float32", 256): 512}  # no smaller tile: the smallest product is 16×16, and its rows are in registers
 
 
 class Case(NamedTuple):
@@ -62,8 +63,9 @@ class Figures:
     def complaints(self, case: Case, max_stack: int) -> list[str]:
         """What is wrong with it, in words."""
         found = []
-        if self.stack > max_stack:
-            found.append(f"{self.stack} bytes of stack, allowed {max_stack}")
+        allowed = max(max_stack, EXCEPTIONS.get((case.dtype, case.d), 0))
+        if self.stack > allowed:
+            found.append(f"{self.stack} bytes of stack, allowed {allowed}")
         if self.shared > SHARED_KIB[case.arch] * 1024:
             found.append(f"{self.shared / 1024:.0f} KiB of shared memory, the card has {SHARED_KIB[case.arch]}")
         if case.dtype != "float32" and (self.tensor_core == 0 or self.multiply_add > 1000):
@@ -191,16 +193,19 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{'card':<7}{'dtype':<10}{'D':>4}  {'kernel':<17}{'M×N, warps, stages':<20}registers  stack  shared KiB")
     bad = 0
     with concurrent.futures.ProcessPoolExecutor(options.jobs) as pool:
-        for case, figures in zip(todo, pool.map(compile_case, todo), strict=True):
+        for case, future in [(case, pool.submit(compile_case, case)) for case in todo]:
             tile = tuning.shipped(case.kernel, case.arch, getattr(torch, case.dtype).itemsize, case.d)
+            label = f"{tile.block_m}×{tile.block_n}, {tile.warps}, {tile.stages}"
+            print(f"sm_{case.arch:<4}{case.dtype:<10}{case.d:>4}  {case.kernel:<17}{label:<20}", end="")
+            try:
+                figures = future.result()
+            except Exception as error:  # of the compiler: one line of the table, not the end of it
+                bad += 1
+                print(f"not compiled: {error}")
+                continue
             wrong = "; ".join(figures.complaints(case, options.stack))
             bad += bool(wrong)
-            print(
-                f"sm_{case.arch:<4}{case.dtype:<10}{case.d:>4}  {case.kernel:<17}"
-                f"{f'{tile.block_m}×{tile.block_n}, {tile.warps}, {tile.stages}':<20}"
-                f"{figures.registers:>9}{figures.stack:>7}{figures.shared / 1024:>12.1f}  {wrong}",
-                flush=True,
-            )
+            print(f"{figures.registers:>9}{figures.stack:>7}{figures.shared / 1024:>12.1f}  {wrong}", flush=True)
     print(f"{len(todo)} kernels, {bad} with something wrong")
     return 1 if bad else 0
 

@@ -402,6 +402,8 @@ def refusal(q: Tensor, k: Tensor, v: Tensor) -> str | None:
 
 
 def _device_refusal(q: Tensor) -> str | None:
+    if INTERPRETED and isinstance(tl.sum, triton.JITFunction):
+        return "TRITON_INTERPRET was set after Triton was imported: half of Triton is interpreted, set it before"
     if INTERPRETED and q.device.type in ("cpu", "cuda"):
         # Its dot multiplies the bit patterns of bfloat16 (Triton 3.7.1).
         wrong = q.dtype == torch.bfloat16

@@ -76,14 +76,8 @@ TILES_16 = {
         "backward_keys": (Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 32, 4, 2)),
     },
 }
-# In float32 the products run on CUDA cores of any card.
-TILES_32 = {
-    "forward": (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(16, 16, 8, 1)),
-    "forward_tq": (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(16, 16, 8, 1)),
-    "forward_jvp": (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(16, 16, 8, 1)),
-    "backward_queries": (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(16, 16, 8, 1)),
-    "backward_keys": (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(16, 16, 8, 1)),
-}
+# In float32 the products run on CUDA cores of any card, and whole rows are in registers: for all kernels.
+TILES_32 = (Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1))
 
 _forced: dict[str, Tile] = {}
 
@@ -116,7 +110,7 @@ def forced(kernel: str, choice: Tile) -> Iterator[None]:
 
 def shipped(kernel: str, arch: int, element_size: int, d: int) -> Tile:
     """The tile of the tables above."""
-    tiles = TILES_32[kernel] if element_size == 4 else TILES_16[FAMILIES.get(arch, "small")][kernel]
+    tiles = TILES_32 if element_size == 4 else TILES_16[FAMILIES.get(arch, "small")][kernel]
     return tiles[0 if d <= 64 else 1 if d <= 128 else 2]
 
 
@@ -275,6 +269,7 @@ def sweep(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, d
     Other backwards of the primal are not measured here: the two kernels of this one are.
     """
     import triton
+    from triton.runtime import errors
 
     found = {}
     for kernel, (run, error) in _runs(shape, dtype, device).items():
@@ -282,7 +277,7 @@ def sweep(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, d
         tiles = candidates(kernel)
         for i, choice in enumerate(tiles):
             _progress(f"{shape} {kernel} {i + 1}/{len(tiles)}")
-            with forced(kernel, choice), contextlib.suppress(triton.runtime.errors.OutOfResources):
+            with forced(kernel, choice), contextlib.suppress(errors.OutOfResources, errors.PTXASError):
                 wrong = error()
                 if not wrong < 0.02:  # also when it is not a number
                     print(f"\r{shape} {kernel} {choice}: error {wrong:.1e}, not used")

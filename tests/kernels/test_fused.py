@@ -1,5 +1,11 @@
 """The Triton kernels (in Triton's interpreter where there is no GPU) against float64 autodiff of plain attention."""
 
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -53,7 +59,7 @@ def check(case: Case, given: list[Tensor]) -> None:
     q, k, v, *tangents, go = given
     tangents = [t if name in case.given else None for name, t in zip("qkv", tangents, strict=True)]
     scale = case.d**-0.5 if case.scale is None else case.scale
-    with deterministic_fill():
+    with new_memory_is_nan():
         o, to, lse = fused.forward(q, k, v, *tangents, scale, case.causal)
         gradients = fused.backward(go, q, k, v, o, lse, scale, case.causal)
     assert (to is None) == (not case.given)
@@ -92,21 +98,21 @@ def check(case: Case, given: list[Tensor]) -> None:
     assert torch.allclose(lse.double(), s.logsumexp(-1), rtol=1e-5, atol=2e-5)
 
 
-class deterministic_fill:
-    """Within it new tensors hold NaN: what a kernel does not write is seen."""
-
-    def __enter__(self) -> None:
-        self.before = deterministic.fill_uninitialized_memory
-        deterministic.fill_uninitialized_memory = True
-        torch.use_deterministic_algorithms(True)
-
-    def __exit__(self, *error: object) -> None:
+@contextlib.contextmanager
+def new_memory_is_nan() -> Iterator[None]:
+    """What a kernel does not write is seen."""
+    before = deterministic.fill_uninitialized_memory
+    deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
         torch.use_deterministic_algorithms(False)
-        deterministic.fill_uninitialized_memory = self.before
+        deterministic.fill_uninitialized_memory = before
 
 
 def test_unwritten_memory_is_seen() -> None:
-    with deterministic_fill():
+    with new_memory_is_nan():
         assert torch.empty(3).isnan().all()
 
 
@@ -269,6 +275,21 @@ def test_refusals(shapes: list[tuple[int, ...]], options: dict[str, object], wor
 def test_bfloat16_is_refused_by_the_interpreter() -> None:
     given = [torch.empty(GOOD, dtype=torch.bfloat16)] * 3
     assert "bfloat16" in fused.refusal(*given)
+
+
+LATE = """
+import os, torch, triton
+os.environ["TRITON_INTERPRET"] = "1"
+from flash_jvp import fused
+print(fused.refusal(*[torch.empty(1, 1, 1, 16)] * 3))
+"""
+
+
+def test_an_interpreter_chosen_too_late_is_refused() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(Path(fused.__file__).parents[1])
+    result = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True, env=environment, check=True)
+    assert "set after Triton was imported" in result.stdout
 
 
 def test_mixed_types_are_refused() -> None:

@@ -1,5 +1,6 @@
 """Which tile a call takes: forced, measured on this card, or shipped; and the file of measured ones."""
 
+import itertools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -77,10 +78,11 @@ def test_a_forced_tile_goes_first_and_ends_with_its_block() -> None:
 def test_the_tables_are_complete() -> None:
     """Every card and kernel has its tiles, and no tile has a side that the tensor cores cannot take."""
     assert set(tuning.TILES_16) == {*tuning.FAMILIES.values(), "small"}
-    for table in (*tuning.TILES_16.values(), tuning.TILES_32):
+    for table in tuning.TILES_16.values():
         assert set(table) == set(tuning.KERNELS)
-        for tile in (tile for tiles in table.values() for tile in tiles):
-            assert all(n >= 16 and n.bit_count() == 1 for n in (tile.block_m, tile.block_n))
+    tables = [tiles for table in tuning.TILES_16.values() for tiles in table.values()]
+    for tile in itertools.chain(*tables, tuning.TILES_32):
+        assert all(n >= 16 and n.bit_count() == 1 for n in (tile.block_m, tile.block_n))
     assert set(tuning.FAMILIES) <= set(compiled.SHARED_KIB)
     small = {arch for arch, kib in compiled.SHARED_KIB.items() if kib < 160}
     assert small == set(compiled.SHARED_KIB) - set(tuning.FAMILIES)
