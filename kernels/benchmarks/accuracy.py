@@ -109,14 +109,19 @@ def _masked(queries: int, keys: int, device: str) -> Tensor:
     return torch.ones(queries, keys, dtype=torch.bool, device=device).triu(1)
 
 
+def shared(x: Tensor, q: Tensor) -> Tensor:
+    """Keys or values with a head for each query head."""
+    return x if x.shape[1] == q.shape[1] else x.repeat_interleave(q.shape[1] // x.shape[1], 1)
+
+
 def scores(q: Tensor, k: Tensor, causal: bool) -> Tensor:
-    s = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT * q.shape[-1] ** -0.5
+    s = q @ shared(k, q).mT * q.shape[-1] ** -0.5
     return s.masked_fill(_masked(*s.shape[2:], str(s.device)), -torch.inf) if causal else s
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
     """Attention as its formula has it; query head h reads key head h // (Hq // Hkv)."""
-    return torch.softmax(scores(q, k, causal), dim=-1) @ v.repeat_interleave(q.shape[1] // v.shape[1], 1)
+    return torch.softmax(scores(q, k, causal), dim=-1) @ shared(v, q)
 
 
 def plain_jvp(
@@ -170,7 +175,8 @@ class Reference:
             q, k = _shifted(q, k, problem.logits, problem.causal)
         self.primals = [x.to(dtype) for x in (q, k, v)]
         self.tangents = dict(zip("qkv", (x.to(dtype) for x in tangents), strict=True))
-        self._answers: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
+        self._answers: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
+        self.eps = torch.finfo(dtype).eps
         self.gradient = torch.randn(q_shape, generator=generator, device=device).to(dtype)
         if problem.logits:
             maxima = scores(self.primals[0].double(), self.primals[1].double(), problem.causal).amax(-1)
@@ -179,47 +185,61 @@ class Reference:
     def given(self, tangents: str) -> list[Tensor | None]:
         return [self.tangents[name] if name in tangents else None for name in "qkv"]
 
-    def answers(self, tangents: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The exact and the naive o and to, or gradients where there are no tangents."""
+    def answers(self, tangents: str) -> dict[str, tuple[Tensor, Tensor]]:
+        """The exact o and to, or o and gradients where there are no tangents, each with the bound of its errors."""
         if tangents not in self._answers:
-            self._answers[tangents] = self._exact(tangents), self._naive(tangents)
+            exact, naive = (self._sum(terms, tangents) for terms in (self._exact, self._naive))
+            size = norms(self.primals[2]) + (norms(self.tangents["v"]) if "v" in tangents else 0)
+            eps32 = torch.finfo(torch.float32).eps
+            self._answers[tangents] = {}
+            for name, x in exact.items():
+                slack = 4 * self.eps * (size + norms(self.gradient) if name.startswith("d") else size)
+                slack = slack + eps32 * abs(self.problem.logits) * norms(x)
+                self._answers[tangents][name] = x, bound(x, naive[name], self.eps, slack)
         return self._answers[tangents]
 
-    def _exact(self, tangents: str) -> dict[str, Tensor]:
-        if not tangents:
-            return gradients(plain, [x.double() for x in self.primals], self.gradient.double(), self.problem.causal)
-        terms = [self._derivatives[name] for name in tangents]
-        return {"o": terms[0][0], "to": torch.stack([to for _, to in terms]).sum(0)}
-
-    def _naive(self, tangents: str) -> dict[str, Tensor]:
-        if not tangents:
-            return plain_gradients(self.primals, self.gradient, self.problem.causal)
-        return dict(zip(("o", "to"), plain_jvp(self.primals, self.given(tangents), self.problem.causal), strict=True))
-
     @cached_property
-    def _derivatives(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """The exact output, and its derivative along each tangent alone: they add up to that along any set."""
+    def _exact(self) -> dict[str, dict[str, Tensor]]:
+        """Results along each tangent alone, and the gradients under "": the derivative is linear in the tangents."""
         primals = [x.double() for x in self.primals]
         alone = {name: [None if t is None else t.double() for t in self.given(name)] for name in "qkv"}
-        return {name: plain_jvp(primals, tangents, self.problem.causal) for name, tangents in alone.items()}
+        return self._terms(primals, alone) | {
+            "": gradients(plain, primals, self.gradient.double(), self.problem.causal)
+        }
+
+    @cached_property
+    def _naive(self) -> dict[str, dict[str, Tensor]]:
+        alone = {name: self.given(name) for name in "qkv"}
+        terms = self._terms(self.primals, alone)
+        return terms | {"": plain_gradients(self.primals, self.gradient, self.problem.causal)}
+
+    def _terms(self, primals: list[Tensor], alone: dict[str, list[Tensor | None]]) -> dict[str, dict[str, Tensor]]:
+        results = {name: plain_jvp(primals, tangents, self.problem.causal) for name, tangents in alone.items()}
+        return {name: {"o": o, "to": to} for name, (o, to) in results.items()}
+
+    def _sum(self, terms: dict[str, dict[str, Tensor]], tangents: str) -> dict[str, Tensor]:
+        if not tangents:
+            return terms[""]
+        to = terms[tangents[0]]["to"]
+        for name in tangents[1:]:
+            to = to + terms[name]["to"]
+        return {"o": terms[tangents[0]]["o"], "to": to}
 
     def excess(self, tangents: str, results: dict[str, Tensor]) -> dict[str, float]:
         """The error of each result as a multiple of its bound; infinite where it has NaN or Inf."""
-        exact, naive = self.answers(tangents)
-        size = norms(self.primals[2]) + (norms(self.tangents["v"]) if "v" in tangents else 0)
-        errors = {}
-        for name, x in results.items():
-            addends = size + norms(self.gradient) if name.startswith("d") else size
-            last_place = torch.finfo(torch.float32).eps * abs(self.problem.logits) * norms(exact[name])
-            errors[name] = excess(x, exact[name], naive[name], 4 * torch.finfo(x.dtype).eps * addends + last_place)
-        return errors
+        answers, dtype = self.answers(tangents), self.primals[0].dtype
+        return {name: excess(x, *answers[name]) if x.dtype == dtype else math.inf for name, x in results.items()}
 
 
-def excess(x: Tensor, exact: Tensor, naive: Tensor, slack: Tensor | float = 0.0) -> float:
-    """The error of x as a multiple of 2·‖naive - exact‖ + 4·eps·‖exact‖ + slack, the worse of its two norms."""
-    if x.shape != exact.shape or x.dtype != naive.dtype:
+def bound(exact: Tensor, naive: Tensor, eps: float, slack: Tensor | float = 0.0) -> Tensor:
+    """2·‖naive - exact‖ + 4·eps·‖exact‖ + slack, for each of the two norms."""
+    return 2 * norms(naive - exact) + 4 * eps * norms(exact) + slack
+
+
+def excess(x: Tensor, exact: Tensor, bound: Tensor) -> float:
+    """The error of x as a multiple of its bound, the worse of the two norms."""
+    if x.shape != exact.shape:
         return math.inf
-    bound = 2 * norms(naive - exact) + 4 * torch.finfo(x.dtype).eps * norms(exact) + slack
     whole, row = (norms(x - exact) / bound).tolist()
     return max(whole, row / 4) if math.isfinite(whole + row) else math.inf
 
@@ -237,7 +257,7 @@ def plain_gradients(primals: Sequence[Tensor], gradient: Tensor, causal: bool) -
     Autograd, which keeps it, errs less: by nothing at all where a row has one key.
     """
     q, k, v = primals
-    k_q, v_q = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))  # a key head for each query head
+    k_q, v_q = shared(k, q), shared(v, q)
     s = scores(q, k, causal)
     o = torch.softmax(s, dim=-1) @ v_q
     s = s.to(torch.promote_types(s.dtype, torch.float32))
@@ -301,7 +321,7 @@ def _counted(items: Iterable[Any], total: int) -> Iterator[Any]:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backend", default="auto", help="auto, math, torch or triton (default: %(default)s)")
+    parser.add_argument("--backend", default="auto", choices=("auto", "math", "torch", "triton"))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=device, help="default: cuda if there is one (here: %(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=list(DTYPES), help="default: all three")
@@ -333,4 +353,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except ValueError as error:  # flash_jvp refuses, with a sentence for the user
+        sys.exit(str(error))

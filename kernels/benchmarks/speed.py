@@ -35,7 +35,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import flash_jvp
-from benchmarks.accuracy import excess, norms, plain_gradients, plain_jvp, random_inputs
+from benchmarks.accuracy import bound, excess, norms, plain_gradients, plain_jvp, random_inputs
 from flash_jvp import library, operators
 from flash_jvp import plain as plain_torch
 
@@ -201,7 +201,10 @@ class Sample:
         finite = all(bool(x.isfinite().all()) for x in results)
         sampled = [x[:, :, self.rows] if kind == "jvp" or n == 0 else x for n, x in enumerate(results)]  # dk, dv: all
         errors = [(norms(x - y)[0] / norms(y)[0]).item() for x, y in zip(sampled, self.answers[kind][0], strict=True)]
-        within = all(excess(*triple) <= 1 for triple in zip(sampled, *self.answers[kind], strict=True))
+        within = all(
+            excess(x, exact, bound(exact, naive, torch.finfo(x.dtype).eps)) <= 1
+            for x, exact, naive in zip(sampled, *self.answers[kind], strict=True)
+        )
         return max(errors), finite and within
 
 
@@ -251,6 +254,7 @@ class Entry:
             act(*arguments)
         except torch.OutOfMemoryError:
             self.note = "out of memory"
+            torch.cuda.empty_cache()
         except (Unavailable, ValueError) as error:
             self.note = str(error)
         except Exception as error:
@@ -359,7 +363,13 @@ def ratio(a: float | None, b: float | None) -> float | None:
 
 def environment(device: str) -> dict[str, str]:
     versions = {name: installed(name) for name in ("triton", "jvp-flash-attention", "flash-attn")}
-    card, driver = platform.processor() or platform.machine(), "none"
+    cpu = Path("/proc/cpuinfo")
+    names = (
+        [line.partition(": ")[2] for line in cpu.read_text().splitlines() if line[:10] == "model name"]
+        if cpu.exists()
+        else []
+    )
+    card, driver = (names or [platform.machine()])[0], "none"
     if device == "cuda":
         card = torch.cuda.get_device_name()
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
