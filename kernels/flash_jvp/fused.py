@@ -92,8 +92,8 @@ def _add_keys(
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Adds the keys begin ... end to the running sums of the queries from `first`. The scale is not negative."""
-    begin = tl.cast(begin, tl.int64) if WIDE else begin
-    for start in tl.range(begin, end, BLOCK_N):
+    for i in tl.range(begin, end, BLOCK_N):
+        start = tl.cast(i, tl.int64) if WIDE else i
         k_tile = _load(k, start, k_s, keys, D, BLOCK_N, MASKED).trans()
         s = tl.dot(q, k_tile, input_precision="ieee")
         ts = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -186,8 +186,8 @@ def _add_to_dq(
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dq += (P ∘ (go vᵀ - delta)) k over the keys begin ... end."""
-    begin = tl.cast(begin, tl.int64) if WIDE else begin
-    for start in tl.range(begin, end, BLOCK_N):
+    for i in tl.range(begin, end, BLOCK_N):
+        start = tl.cast(i, tl.int64) if WIDE else i
         k_tile = _load(k, start, k_s, keys, D, BLOCK_N, MASKED)
         v_tile = _load(v, start, k_s, keys, D, BLOCK_N, MASKED)
         s = tl.dot(q, k_tile.trans(), input_precision="ieee")
@@ -238,8 +238,8 @@ def _add_queries(
     CAUSAL: tl.constexpr, WIDE: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dv += Pᵀ go and dk += (P ∘ (go vᵀ - delta))ᵀ q over the queries begin ... end; all tiles are transposed."""
-    begin = tl.cast(begin, tl.int64) if WIDE else begin
-    for start in tl.range(begin, end, BLOCK_M):
+    for i in tl.range(begin, end, BLOCK_M):
+        start = tl.cast(i, tl.int64) if WIDE else i
         row = start + tl.arange(0, BLOCK_M)
         q_tile = _load(q, start, q_s, queries, D, BLOCK_M, True)
         go_tile = _load(go, start, D, queries, D, BLOCK_M, True)
