@@ -4,10 +4,8 @@
     python kernels/benchmarks/accuracy.py --backend triton --quick    # every pair of settings at least once
 
 x passes where ‖x - ref‖ ≤ 2·‖naive - ref‖ + 4·eps·(‖ref‖ + ‖v‖ + ‖tv‖), for gradients with + ‖dO‖: eps is that of the
-dtype, naive the same computation done plainly in that precision, the gradients from o and the log-sum-exp of each row.
-For row maxima of ±80 the bound grows by what one float32 unit in the last place of the scores is worth, 80·eps·‖ref‖:
-the naive result may be right by luck. So that a few wrong rows do not drown in the whole, the largest norm of a row has
-to stay within four times the bound as well. NaN and Inf fail.
+dtype, naive the same computation done plainly in that precision. So that a few wrong rows do not drown in the whole,
+the largest norm of a row has to stay within four times the bound as well. NaN and Inf fail.
 """
 
 import argparse
@@ -188,13 +186,11 @@ class Reference:
     def answers(self, tangents: str) -> dict[str, tuple[Tensor, Tensor]]:
         """The exact o and to, or o and gradients where there are no tangents, each with the bound of its errors."""
         if tangents not in self._answers:
-            exact, naive = (self._sum(terms, tangents) for terms in (self._exact, self._naive))
+            exact, naive = self._sum(self._exact, tangents), self._naive(tangents)
             size = norms(self.primals[2]) + (norms(self.tangents["v"]) if "v" in tangents else 0)
-            eps32 = torch.finfo(torch.float32).eps
             self._answers[tangents] = {}
             for name, x in exact.items():
                 slack = 4 * self.eps * (size + norms(self.gradient) if name.startswith("d") else size)
-                slack = slack + eps32 * abs(self.problem.logits) * norms(x)
                 self._answers[tangents][name] = x, bound(x, naive[name], self.eps, slack)
         return self._answers[tangents]
 
@@ -207,15 +203,14 @@ class Reference:
             "": gradients(plain, primals, self.gradient.double(), self.problem.causal)
         }
 
-    @cached_property
-    def _naive(self) -> dict[str, dict[str, Tensor]]:
-        alone = {name: self.given(name) for name in "qkv"}
-        terms = self._terms(self.primals, alone)
-        return terms | {"": plain_gradients(self.primals, self.gradient, self.problem.causal)}
-
     def _terms(self, primals: list[Tensor], alone: dict[str, list[Tensor | None]]) -> dict[str, dict[str, Tensor]]:
         results = {name: plain_jvp(primals, tangents, self.problem.causal) for name, tangents in alone.items()}
         return {name: {"o": o, "to": to} for name, (o, to) in results.items()}
+
+    def _naive(self, tangents: str) -> dict[str, Tensor]:
+        if not tangents:
+            return gradients(plain, self.primals, self.gradient, self.problem.causal)
+        return dict(zip(("o", "to"), plain_jvp(self.primals, self.given(tangents), self.problem.causal), strict=True))
 
     def _sum(self, terms: dict[str, dict[str, Tensor]], tangents: str) -> dict[str, Tensor]:
         if not tangents:
@@ -249,22 +244,6 @@ def gradients(attend: Attend, primals: Sequence[Tensor], gradient: Tensor, causa
     leaves = [x.detach().requires_grad_() for x in primals]
     o = attend(*leaves, causal=causal)
     return {"o": o.detach(), **dict(zip(("dq", "dk", "dv"), torch.autograd.grad(o, leaves, gradient), strict=True))}
-
-
-def plain_gradients(primals: Sequence[Tensor], gradient: Tensor, causal: bool) -> dict[str, Tensor]:
-    """The same, computed from o and the log-sum-exp of each row as every kernel must that keeps no P.
-
-    Autograd, which keeps it, errs less: by nothing at all where a row has one key.
-    """
-    q, k, v = primals
-    k_q, v_q = shared(k, q), shared(v, q)
-    s = scores(q, k, causal)
-    o = torch.softmax(s, dim=-1) @ v_q
-    s = s.to(torch.promote_types(s.dtype, torch.float32))
-    p = torch.exp(s - s.logsumexp(-1, keepdim=True)).to(q.dtype)
-    ds = p * (gradient @ v_q.mT - (gradient * o).sum(-1, keepdim=True)) * q.shape[-1] ** -0.5
-    dk, dv = (x.unflatten(1, (k.shape[1], -1)).sum(2) for x in (ds.mT @ q, p.mT @ gradient))
-    return {"o": o, "dq": ds @ k_q, "dk": dk, "dv": dv}
 
 
 def _shifted(q: Tensor, k: Tensor, maximum: int, causal: bool) -> tuple[Tensor, Tensor]:

@@ -35,7 +35,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import flash_jvp
-from benchmarks.accuracy import bound, excess, norms, plain_gradients, plain_jvp, random_inputs
+from benchmarks.accuracy import bound, excess, gradients, norms, plain, plain_jvp, random_inputs
 from flash_jvp import library, operators
 from flash_jvp import plain as plain_torch
 
@@ -209,7 +209,7 @@ class Sample:
 
 
 def sampled_gradients(primals: Sequence[Tensor], gradient: Tensor) -> tuple[Tensor, ...]:
-    results = plain_gradients(primals, gradient, causal=False)
+    results = gradients(plain, primals, gradient, causal=False)
     return tuple(results[name] for name in ("dq", "dk", "dv"))
 
 

@@ -10,6 +10,9 @@ it grows. `P~ tv` and `H~ v` are rescaled alike and only their sum is used, so o
     l = Σ P~     o~ = Σ P~ v     r = Σ H~     g = Σ (P~ tv + H~ v)         P~ = exp(S - m),  H~ = P~ ∘ tS
     O = o~ / l   tO = g / l - (r / l) ∘ O     LSE = m + log l
 
+tO does not change where a row of tS moves as a whole, so H~ is taken with tS - c, c about its mean: what the two terms
+of tO have in common, such as the tangent of a shift of all keys, is not rounded and not subtracted.
+
 Layout (B, H, S, D). The grid has one axis, query tiles fastest: the programs under way share the keys of few heads in
 L2. Lengths and head counts are not specialised, so a new length compiles nothing; strides are multiples of 16 and
 pointers of 16 bytes, or the launcher copies. WIDE: a head spans 2³¹ elements (offsets of 32 bits save registers).
@@ -27,6 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flash_jvp import tuning
+from flash_jvp.plain import lse_dtype
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # decorated functions stay what they were at import
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -86,13 +90,19 @@ def _key_range(first, keys, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N
 
 
 @triton.jit
+def _first_mean(base, stride, keys, D: tl.constexpr):
+    """The mean of the first 16 rows, or of all if there are fewer."""
+    return tl.sum(_load(base, 0, stride, keys, D, 16, True).to(tl.float32), 0) / tl.minimum(keys, 16)
+
+
+@triton.jit
 def _add_keys(
-    begin, end, q, tq, m, sum_p, sum_h, o, g, k, v, tk, tv, k_s, first, keys, scale,
+    begin, end, q, tq, center, m, sum_p, sum_h, o, g, k, v, tk, tv, k_s, first, keys, scale,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, WIDE: tl.constexpr,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Adds the keys begin ... end to the running sums of the queries from `first`. The scale is not negative."""
-    for i in tl.range(begin, end, BLOCK_N):
+    for i in tl.range(begin, end, BLOCK_N, disable_licm=True):  # offsets computed again, not kept: registers are scarce
         start = tl.cast(i, tl.int64) if WIDE else i
         k_tile = _load(k, start, k_s, keys, D, BLOCK_N, MASKED).trans()
         s = tl.dot(q, k_tile, input_precision="ieee")
@@ -114,18 +124,16 @@ def _add_keys(
         sum_p = sum_p * rescale + tl.sum(p, 1)
         v_tile = _load(v, start, k_s, keys, D, BLOCK_N, MASKED)
         p_cast = p.to(v_tile.dtype)
-        if tq is not None or tk is not None:
-            h = p * (ts * scale)
-            sum_h = sum_h * rescale + tl.sum(h, 1)
-            h_cast = h.to(v_tile.dtype)
         o = o * rescale[:, None]
         g = g * rescale[:, None]
         o = tl.dot(p_cast, v_tile, o, input_precision="ieee")
+        if tq is not None or tk is not None:
+            h = p * (ts * scale - center[:, None])
+            sum_h = sum_h * rescale + tl.sum(h, 1)
+            g = tl.dot(h.to(v_tile.dtype), v_tile, g, input_precision="ieee")
         if tv is not None:
             tv_tile = _load(tv, start, k_s, keys, D, BLOCK_N, MASKED)
             g = tl.dot(p_cast, tv_tile, g, input_precision="ieee")
-        if tq is not None or tk is not None:
-            g = tl.dot(h_cast, v_tile, g, input_precision="ieee")
     return m, sum_p, sum_h, o, g
 
 
@@ -140,13 +148,10 @@ def _forward(
     both, b, h, first = _query_tile(queries, heads, CAUSAL, BLOCK_M)
     q += b * q_b + h * q_h
     q_tile = _load(q, first.to(tl.int64), q_s, queries, D, BLOCK_M, True)
-    q_tile = tl.where(scale < 0, -q_tile, q_tile)  # from here on with |scale|: the row maximum scales with it
     tq_tile = None
     if tq is not None:
         tq += b * q_b + h * q_h
         tq_tile = _load(tq, first.to(tl.int64), q_s, queries, D, BLOCK_M, True)
-        tq_tile = tl.where(scale < 0, -tq_tile, tq_tile)
-    scale = tl.abs(scale)
     shared = b * k_b + h // group * k_h
     k += shared
     v += shared
@@ -155,6 +160,11 @@ def _forward(
     if tv is not None:
         tv += shared
 
+    center = tl.zeros([BLOCK_M], tl.float32)  # about the mean of tS in each row, which tO does not depend on
+    if tq is not None:
+        center += tl.sum(tl.cast(tq_tile, tl.float32) * _first_mean(k, k_s, keys, D)[None, :], 1) * scale
+    if tk is not None:
+        center += tl.sum(q_tile.to(tl.float32) * _first_mean(tk, k_s, keys, D)[None, :], 1) * scale
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     r_i = tl.zeros([BLOCK_M], tl.float32)
@@ -162,11 +172,11 @@ def _forward(
     g_i = tl.zeros([BLOCK_M, D], tl.float32)
     full, end = _key_range(first, keys, CAUSAL, BLOCK_M, BLOCK_N)
     m_i, l_i, r_i, o_i, g_i = _add_keys(
-        0, full, q_tile, tq_tile, m_i, l_i, r_i, o_i, g_i, k, v, tk, tv, k_s, first, keys, scale,
+        0, full, q_tile, tq_tile, center, m_i, l_i, r_i, o_i, g_i, k, v, tk, tv, k_s, first, keys, scale,
         False, CAUSAL, WIDE, D, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     m_i, l_i, r_i, o_i, g_i = _add_keys(
-        full, end, q_tile, tq_tile, m_i, l_i, r_i, o_i, g_i, k, v, tk, tv, k_s, first, keys, scale,
+        full, end, q_tile, tq_tile, center, m_i, l_i, r_i, o_i, g_i, k, v, tk, tv, k_s, first, keys, scale,
         True, CAUSAL, WIDE, D, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
@@ -176,12 +186,24 @@ def _forward(
         g_i = g_i / l_i[:, None] - (r_i / l_i)[:, None] * o_i
         _store(to + both * queries * D, g_i, first, queries, D, BLOCK_M)
     row = first + tl.arange(0, BLOCK_M)
-    tl.store(lse + both * queries + row, (m_i + tl.log2(l_i)) * LN2, mask=row < queries)
+    wide = lse.dtype.element_ty
+    tl.store(lse + both * queries + row, (m_i.to(wide) + tl.log2(l_i.to(wide))) * LN2, mask=row < queries)
+
+
+@triton.jit
+def _probabilities(s, lse, scale):
+    """exp(scale · s - lse). The wide log-sum-exp of float32 inputs is taken off in two parts, each nearly exactly."""
+    lse2 = lse * LOG2E
+    coarse = lse2.to(tl.float32)
+    exponent = s * (scale * LOG2E) - coarse
+    if lse.dtype == tl.float64:
+        exponent -= (lse2 - coarse).to(tl.float32)
+    return tl.exp2(exponent)
 
 
 @triton.jit
 def _add_to_dq(
-    begin, end, q, go, lse2, delta, dq, k, v, k_s, first, keys, scale,
+    begin, end, q, go, lse, delta, dq, k, v, k_s, first, keys, scale,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, WIDE: tl.constexpr,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -192,7 +214,7 @@ def _add_to_dq(
         v_tile = _load(v, start, k_s, keys, D, BLOCK_N, MASKED)
         s = tl.dot(q, k_tile.trans(), input_precision="ieee")
         dp = tl.dot(go, v_tile.trans(), input_precision="ieee")
-        p = tl.exp2(s * (scale * LOG2E) - lse2[:, None])
+        p = _probabilities(s, lse[:, None], scale)
         if MASKED:
             p = tl.where(_seen(first, start, keys, CAUSAL, BLOCK_M, BLOCK_N), p, 0.0)
         ds = p * (dp - delta[:, None])
@@ -215,18 +237,18 @@ def _backward_queries(
     row = first + tl.arange(0, BLOCK_M)
     delta_i = tl.sum(go_tile.to(tl.float32) * o_tile.to(tl.float32), 1)
     tl.store(delta + both * queries + row, delta_i, mask=row < queries)
-    lse2 = tl.load(lse + both * queries + row, mask=row < queries, other=0.0) * LOG2E
+    lse_i = tl.load(lse + both * queries + row, mask=row < queries, other=0.0)
     k += b * k_b + h // group * k_h
     v += b * k_b + h // group * k_h
 
     dq_i = tl.zeros([BLOCK_M, D], tl.float32)
     full, end = _key_range(first, keys, CAUSAL, BLOCK_M, BLOCK_N)
     dq_i = _add_to_dq(
-        0, full, q_tile, go_tile, lse2, delta_i, dq_i, k, v, k_s, first, keys, scale,
+        0, full, q_tile, go_tile, lse_i, delta_i, dq_i, k, v, k_s, first, keys, scale,
         False, CAUSAL, WIDE, D, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     dq_i = _add_to_dq(
-        full, end, q_tile, go_tile, lse2, delta_i, dq_i, k, v, k_s, first, keys, scale,
+        full, end, q_tile, go_tile, lse_i, delta_i, dq_i, k, v, k_s, first, keys, scale,
         True, CAUSAL, WIDE, D, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     _store(dq + both * queries * D, dq_i * scale, first, queries, D, BLOCK_M)
@@ -243,10 +265,10 @@ def _add_queries(
         row = start + tl.arange(0, BLOCK_M)
         q_tile = _load(q, start, q_s, queries, D, BLOCK_M, True)
         go_tile = _load(go, start, D, queries, D, BLOCK_M, True)
-        lse2 = tl.load(lse + row, mask=row < queries, other=float("inf")) * LOG2E  # P is zero beyond the last query
+        lse_i = tl.load(lse + row, mask=row < queries, other=1e30)  # P is zero beyond the last query
         delta_i = tl.load(delta + row, mask=row < queries, other=0.0)
         s = tl.dot(k, q_tile.trans(), input_precision="ieee")
-        p = tl.exp2(s * (scale * LOG2E) - lse2[None, :])
+        p = _probabilities(s, lse_i[None, :], scale)
         if CAUSAL:
             p = tl.where(row[None, :] >= first + tl.arange(0, BLOCK_N)[:, None], p, 0.0)
         dp = tl.dot(v, go_tile.trans(), input_precision="ieee")
@@ -303,15 +325,17 @@ def forward(
     scale: float,
     causal: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """(o, to, lse) of tensors that `refusal` takes: o, to (B, Hq, Sq, D) in q's dtype, lse (B, Hq, Sq) in float32.
+    """(o, to, lse) of tensors that `refusal` takes: o, to (B, Hq, Sq, D) in q's dtype, lse (B, Hq, Sq) in `lse_dtype`.
 
     None is a zero tangent and costs nothing; `to` is None when all three are.
     """
+    if scale < 0:  # the kernel takes the largest of the unscaled scores for the row maximum
+        q, tq, scale = -q, None if tq is None else -tq, -scale
     q, tq = _alike(q, tq)
     k, v, tk, tv = _alike(k, v, tk, tv)
     o = q.new_empty(q.shape)
     to = None if tq is None and tk is None and tv is None else q.new_empty(q.shape)
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    lse = q.new_empty(q.shape[:3], dtype=lse_dtype(q))
     kind = "forward" if to is None else "forward_tq" if tk is None and tv is None else "forward_jvp"
     with _device(q):
         tile = tuning.tile(kind, q, k)
@@ -328,7 +352,7 @@ def backward(
     (q,), (k, v) = _alike(q), _alike(k, v)
     go, o, lse = (_packed(x) for x in (go, o, lse))
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    delta = torch.empty_like(lse)
+    delta = q.new_empty(q.shape[:3], dtype=torch.float32)
     with _device(q):
         tile = tuning.tile("backward_queries", q, k)
         _backward_queries[(triton.cdiv(q.shape[2], tile.block_m) * q.shape[0] * q.shape[1],)](

@@ -69,7 +69,9 @@ def backwards(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> dict[str, Backwa
 def _flash_cpu(
     go: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return aten._scaled_dot_product_flash_attention_for_cpu_backward(go, q, k, v, o, lse, 0.0, causal, scale=scale)
+    return aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        go, q, k, v, o, lse.to(torch.promote_types(q.dtype, torch.float32)), 0.0, causal, scale=scale
+    )
 
 
 def _flash(

@@ -4,9 +4,9 @@
     tS = (tq kᵀ + q tkᵀ) · scale          H = P ∘ tS              tO = P tv + H v - rowsum(H) ∘ O
 
 `forward` of every backend takes q, k, v and their tangents (`None`: zero) of layout (B, H, S, D) and returns O, tO
-(`None` where all tangents are) and the log-sum-exp of the rows of S, (B, H, Sq) in at least float32. Hq may be a
-multiple of Hkv. `causal` masks keys after the query. Inside, q_NRD is (B·Hkv, Hq/Hkv·Sq, D): the query heads of one
-key head are more rows, and k_NSD is (B·Hkv, Skv, D).
+(`None` where all tangents are) and the log-sum-exp of the rows of S, (B, H, Sq) in `lse_dtype`. Hq may be a multiple of
+Hkv. `causal` masks keys after the query. Inside, q_NRD is (B·Hkv, Hq/Hkv·Sq, D): the query heads of one key head are
+more rows, and k_NSD is (B·Hkv, Skv, D).
 """
 
 import torch
@@ -27,18 +27,18 @@ def math(
     group = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
     tk, tv = (None if x is None else x.repeat_interleave(group, dim=1) for x in (tk, tv))
-    s = q @ k.mT * scale
-    if causal:
-        s = s.masked_fill(_after(s.shape[-2], s.shape[-1], s.device), -torch.inf)
+    s = _scores_seen(q, k, scale, causal)
     p = torch.softmax(s, dim=-1)
-    o, lse = p @ v, torch.logsumexp(s.to(_at_least_float32(q)), dim=-1)
+    o, lse = p @ v, torch.logsumexp(s.to(lse_dtype(q)), dim=-1)
     if tq is None and tk is None and tv is None:
         return o, None, lse
-    to = torch.zeros_like(o) if tv is None else p @ tv
+    to = torch.zeros_like(o)
     if tq is not None or tk is not None:
         ts = sum(a @ b.mT for a, b in ((tq, k), (q, tk)) if a is not None and b is not None) * scale
         h = p * ts
-        to = to + h @ v - h.sum(dim=-1, keepdim=True) * o
+        to = h @ v - h.sum(dim=-1, keepdim=True) * o
+    if tv is not None:
+        to = to + p @ tv
     return o, to, lse
 
 
@@ -46,36 +46,76 @@ def stream(
     q: Tensor, k: Tensor, v: Tensor, tq: Tensor | None, tk: Tensor | None, tv: Tensor | None, scale: float, causal: bool
 ) -> Result:
     """The same in memory linear in the number of positions, in at least float32."""
-    attend = _one_block if k.shape[2] <= KV_BLOCK else _many_blocks
+    seen = keys_seen(q, k, causal)
+    attend = _one_block if seen <= KV_BLOCK else _many_blocks
+    k, v = k[:, :, :seen], v[:, :, :seen]
+    tk, tv = (None if x is None else x[:, :, :seen] for x in (tk, tv))
     q_NRD, k_NSD, v_NSD = (_fold(x, k) for x in (q, k, v))
     tq_NRD, tk_NSD, tv_NSD = (None if x is None else _fold(x, k) for x in (tq, tk, tv))
     o, to, lse = attend(q_NRD, k_NSD, v_NSD, tq_NRD, tk_NSD, tv_NSD, scale, q.shape[2] if causal else 0)
     shape = (*q.shape[:3], v.shape[3])
-    return o.view(shape).to(q.dtype), None if to is None else to.view(shape).to(q.dtype), lse.view(q.shape[:3])
+    lse = lse.view(q.shape[:3]).to(lse_dtype(q))
+    return o.view(shape).to(q.dtype), None if to is None else to.view(shape).to(q.dtype), lse
+
+
+def math_backward(
+    go: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v from that of O, with the whole score matrix.
+
+    dv = Pᵀ dO,   dP = dO vᵀ,   dS = P ∘ (dP - rowsum(P ∘ dP)),   dq = dS k · scale,   dk = dSᵀ q · scale
+    """
+    group = q.shape[1] // k.shape[1]
+    k_BHSD, v_BHSD = (x.repeat_interleave(group, dim=1) for x in (k, v))
+    p = torch.softmax(_scores_seen(q, k_BHSD, scale, causal), dim=-1)
+    dp = go @ v_BHSD.mT
+    ds = p * (dp - (p * dp).sum(dim=-1, keepdim=True))
+    dk, dv = (x.unflatten(1, (-1, group)).sum(dim=2) for x in (ds.mT @ q * scale, p.mT @ go))
+    return ds @ k_BHSD * scale, dk, dv
 
 
 def stream_backward(
     go: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v from that of O, block by block: P is computed again from S and its log-sum-exp.
-
-    dv = Pᵀ dO,   dS = P ∘ (dO vᵀ - rowsum(dO ∘ O)),   dq = dS k · scale,   dk = dSᵀ q · scale
-    """
+    """The same, block by block: P is computed again from S and its log-sum-exp, and rowsum(P ∘ dP) = rowsum(dO ∘ O)."""
     go_NRD, q_NRD, o_NRD = (_fold(x, k) for x in (go, q, o))
     k_NSD, v_NSD = _fold(k, k), _fold(v, k)
-    lse_NR1 = lse.reshape(*q_NRD.shape[:2], 1).to(q_NRD.dtype)
+    lse_NR1 = lse.reshape(*q_NRD.shape[:2], 1)
+    coarse = lse_NR1.to(q_NRD.dtype)
+    fine = (lse_NR1 - coarse).to(q_NRD.dtype)  # S - coarse is exact where P counts: no rounding at the size of S
     delta = (go_NRD * o_NRD).sum(dim=-1, keepdim=True)
-    dq, dk, dv = torch.zeros_like(q_NRD), torch.empty_like(k_NSD), torch.empty_like(v_NSD)
-    for start in range(0, k.shape[2], KV_BLOCK):
-        block = slice(start, start + KV_BLOCK)
+    dq, dk, dv = torch.zeros_like(q_NRD), torch.zeros_like(k_NSD), torch.zeros_like(v_NSD)
+    seen = keys_seen(q, k, causal)
+    for start in range(0, seen, KV_BLOCK):
+        block = slice(start, min(start + KV_BLOCK, seen))
         s, _ = _scores(q_NRD, k_NSD[:, block], None, None, scale)
         _mask(s, start, q.shape[2] if causal else 0)
-        p = s.sub_(lse_NR1).exp_()
+        ds = torch.bmm(go_NRD, v_NSD[:, block].mT)
+        if seen <= KV_BLOCK:  # the whole row is here: its sums are exact, as if nothing were computed again
+            p = torch.softmax(s, dim=-1)
+            ds = torch._softmax_backward_data(ds, p, -1, p.dtype)
+        else:
+            p = s.sub_(coarse).sub_(fine).exp_()
+            ds.sub_(delta).mul_(p)
         dv[:, block] = torch.bmm(p.mT, go_NRD)
-        ds = torch.bmm(go_NRD, v_NSD[:, block].mT).sub_(delta).mul_(p)
         dq.baddbmm_(ds, k_NSD[:, block], alpha=scale)
         dk[:, block] = torch.bmm(ds.mT, q_NRD).mul_(scale)
     return dq.view(q.shape).to(q.dtype), dk.view(k.shape).to(k.dtype), dv.view(v.shape).to(v.dtype)
+
+
+def _scores_seen(q: Tensor, k: Tensor, scale: float, causal: bool) -> Tensor:
+    s = q @ k.mT * scale
+    return s.masked_fill(_after(s.shape[-2], s.shape[-1], s.device), -torch.inf) if causal else s
+
+
+def lse_dtype(q: Tensor) -> torch.dtype:
+    """Of the log-sum-exp: its rounding is a relative error of every P of the row, so finer than the inputs."""
+    return torch.float32 if q.dtype.itemsize == 2 else torch.float64
+
+
+def keys_seen(q: Tensor, k: Tensor, causal: bool) -> int:
+    """Keys that any query sees."""
+    return min(k.shape[2], q.shape[2]) if causal else k.shape[2]
 
 
 def _at_least_float32(x: Tensor) -> torch.dtype:
@@ -118,7 +158,7 @@ def _one_block(
     s, ts = _scores(q, k, tq, tk, scale)
     _mask(s, 0, causal)
     p = torch.softmax(s, dim=-1)
-    lse = s.amax(dim=-1) - p.amax(dim=-1).log_()  # the largest of a row is at least 1/S
+    lse = s.amax(dim=-1).double() - p.amax(dim=-1).double().log_()  # the largest of a row is at least 1/S
     o = torch.bmm(p, v)
     to = None if tv is None else torch.bmm(p, tv)
     if ts is not None:
@@ -138,9 +178,10 @@ def _many_blocks(
     """
     m = q.new_full((*q.shape[:2], 1), -torch.inf)
     sum_p, sum_h = torch.zeros_like(m), torch.zeros_like(m)
+    center = None  # about the mean of tS in each row, which tO does not depend on, but the rounding of H~ does
     o = q.new_zeros(*q.shape[:2], v.shape[2])
     g = None if tq is None and tk is None and tv is None else torch.zeros_like(o)
-    for start in range(0, min(k.shape[1], causal or k.shape[1]), KV_BLOCK):
+    for start in range(0, k.shape[1], KV_BLOCK):
         block = slice(start, start + KV_BLOCK)
         s, ts = _scores(q, k[:, block], tq, None if tk is None else tk[:, block], scale)
         _mask(s, start, causal)
@@ -155,8 +196,9 @@ def _many_blocks(
         if tv is not None:
             g.baddbmm_(p, tv[:, block])
         if ts is not None:
-            h = ts.mul_(p)
+            center = ts[:, :, :16].mean(dim=-1, keepdim=True) if center is None else center
+            h = ts.sub_(center).mul_(p)
             sum_h = sum_h * rescale + h.sum(dim=-1, keepdim=True)
             g.baddbmm_(h, v[:, block])
     o = o / sum_p
-    return o, None if g is None else g / sum_p - sum_h / sum_p * o, (m + sum_p.log()).squeeze(-1)
+    return o, None if g is None else g / sum_p - sum_h / sum_p * o, (m.double() + sum_p.double().log_()).squeeze(-1)

@@ -16,7 +16,7 @@ import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
@@ -35,6 +35,9 @@ class Tile:
     block_n: int
     warps: int
     stages: int
+
+    def __str__(self) -> str:
+        return f"{self.block_m}×{self.block_n}, {self.warps}, {self.stages}"
 
     def options(self) -> dict[str, int]:
         """As keyword arguments of a launch."""
@@ -64,14 +67,14 @@ TILES_16 = {
     "ampere": {
         "forward": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 3), Tile(128, 64, 8, 2)),
         "forward_tq": (Tile(128, 64, 8, 2), Tile(128, 32, 8, 3), Tile(64, 32, 8, 2)),
-        "forward_jvp": (Tile(128, 64, 8, 2), Tile(64, 32, 4, 2), Tile(64, 32, 8, 2)),
+        "forward_jvp": (Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 32, 8, 2)),
         "backward_queries": (Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 32, 8, 2)),
         "backward_keys": (Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 32, 4, 2)),
     },
     "small": {  # 99 KiB of shared memory: 8.6, 8.9, 12.x and what is not known
         "forward": (Tile(128, 64, 8, 2), Tile(64, 64, 4, 3), Tile(64, 32, 8, 2)),
-        "forward_tq": (Tile(128, 64, 8, 2), Tile(64, 32, 4, 2), Tile(32, 32, 8, 2)),
-        "forward_jvp": (Tile(128, 32, 8, 2), Tile(64, 32, 4, 2), Tile(32, 16, 8, 2)),
+        "forward_tq": (Tile(128, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 2)),
+        "forward_jvp": (Tile(128, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 16, 8, 2)),
         "backward_queries": (Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 32, 8, 2)),
         "backward_keys": (Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 32, 8, 2)),
     },
@@ -117,7 +120,19 @@ def shipped(kernel: str, arch: int, element_size: int, d: int) -> Tile:
 @functools.cache
 def _chosen(kernel: str, arch: int, device: torch.device, size: int, d: int, queries: int, keys: int) -> Tile:
     measured = _measured(cache_file(device)) if device.type == "cuda" else {}
-    return measured.get(_key(kernel, size, d, queries, keys)) or shipped(kernel, arch, size, d)
+    found = measured.get(_key(kernel, size, d, queries, keys))
+    return found if isinstance(found, Tile) else shipped(kernel, arch, size, d)
+
+
+def backward(q: Tensor, k: Tensor) -> str | None:
+    """The backward of the primal that was measured to be the fastest here for such lengths, if any was."""
+    return _fastest(q.device, _key("backward", q.element_size(), q.shape[3], q.shape[2], k.shape[2]))
+
+
+@functools.cache
+def _fastest(device: torch.device, key: str) -> str | None:
+    name = _measured(cache_file(device)).get(key) if device.type == "cuda" else None
+    return name if isinstance(name, str) else None
 
 
 def _bucket(length: int) -> int:
@@ -138,9 +153,10 @@ def cache_file(device: torch.device) -> Path:
 
 
 @functools.cache
-def _measured(path: Path) -> dict[str, Tile]:
+def _measured(path: Path) -> dict[str, Tile | str]:
     try:
-        return {key: Tile(*map(int, numbers)) for key, numbers in json.loads(path.read_text()).items()}
+        entries = json.loads(path.read_text()).items()
+        return {key: entry if key.startswith("backward ") else Tile(*map(int, entry)) for key, entry in entries}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, AttributeError) as error:
@@ -148,16 +164,17 @@ def _measured(path: Path) -> dict[str, Tile]:
         return {}
 
 
-def save(path: Path, tiles: dict[str, Tile]) -> None:
-    """Adds the tiles to the file; a reader sees the old file or the new one, never half of one."""
-    both = {**_measured(path), **tiles}
+def save(path: Path, found: Mapping[str, Tile | str]) -> None:
+    """Adds what was found to the file; a reader sees the old file or the new one, never half of one."""
+    both = {**_measured(path), **found}
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({key: astuple(both[key]) for key in sorted(both)}, indent=1)
+    text = json.dumps({key: x if isinstance(x, str) else astuple(x) for key, x in sorted(both.items())}, indent=1)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
         file.write(text)
     Path(file.name).replace(path)
     _measured.cache_clear()
     _chosen.cache_clear()
+    _fastest.cache_clear()
 
 
 # The sweep.
@@ -263,17 +280,14 @@ def _relative(x: Tensor, y: Tensor) -> float:
     return ((x.double() - y.double()).norm() / y.double().norm()).item()
 
 
-def sweep(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, dict[Tile, float]]:
-    """Milliseconds of every candidate that fits the card and whose output is right, by key of the cache.
-
-    Other backwards of the primal are not measured here: the two kernels of this one are.
-    """
+def sweep(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, dict[Tile | str, float]]:
+    """Milliseconds of every candidate that fits the card and whose output is right, by key of the cache."""
     import triton
     from triton.runtime import errors
 
     found = {}
     for kernel, (run, error) in _runs(shape, dtype, device).items():
-        times: dict[Tile, float] = {}
+        times: dict[Tile | str, float] = {}
         tiles = candidates(kernel)
         for i, choice in enumerate(tiles):
             _progress(f"{shape} {kernel} {i + 1}/{len(tiles)}")
@@ -285,6 +299,32 @@ def sweep(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, d
                 times[choice] = triton.testing.do_bench(run, return_mode="median")
         found[_key(kernel, dtype.itemsize, shape.d, shape.queries, shape.keys)] = times
     return found
+
+
+def sweep_backwards(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, dict[Tile | str, float]]:
+    """Milliseconds of every backward of the primal that is here and right, from O and log-sum-exp of `fused`."""
+    import triton
+
+    from flash_jvp import fused, library
+
+    q, k, v, *_ = _sample(shape, dtype, device)
+    o, _, lse = fused.forward(q, k, v, None, None, None, shape.d**-0.5, False)
+    go = torch.randn_like(o)
+    expected = fused.backward(go, q, k, v, o, lse, shape.d**-0.5, False)  # `sweep` has checked it
+    times: dict[Tile | str, float] = {}
+    for name, run in {**library.backwards(q, k, v, causal=False), "triton": fused.backward}.items():
+        _progress(f"{shape} backward {name}")
+        call = functools.partial(run, go, q, k, v, o, lse, shape.d**-0.5, False)
+        try:
+            wrong = max(_relative(x, y) for x, y in zip(call(), expected, strict=True))
+        except (RuntimeError, TypeError, ImportError) as error:  # another version of its package, or of cuDNN
+            print(f"\r{shape} backward {name}: {str(error).splitlines()[0]}, not used")
+            continue
+        if not wrong < 0.02:
+            print(f"\r{shape} backward {name}: differs from triton's by {wrong:.1e}, not used")
+            continue
+        times[name] = triton.testing.do_bench(call, return_mode="median")
+    return {_key("backward", dtype.itemsize, shape.d, shape.queries, shape.keys): times}
 
 
 def _progress(text: str) -> None:
@@ -311,24 +351,26 @@ def main(arguments: list[str] | None = None) -> int:
         print("flash_jvp.tuning: no CUDA device is visible; tiles can only be measured on one", file=sys.stderr)
         return 2
     device = torch.device("cuda", torch.cuda.current_device())
-    times: dict[str, dict[Tile, float]] = {}
+    dtype, file = getattr(torch, options.dtype), cache_file(device)
+    times: dict[str, dict[Tile | str, float]] = {}
+    best: dict[str, Tile | str] = {}
     for shape in options.shape or map(Shape.parse, SHAPES):
-        for key, measured in sweep(shape, getattr(torch, options.dtype), device).items():
-            total = times.setdefault(key, measured)  # shapes that share a bucket: the least time of both
-            if total is not measured:
-                times[key] = {choice: t + measured.get(choice, math.inf) for choice, t in total.items()}
-    best = {key: min(measured, key=measured.__getitem__) for key, measured in times.items() if measured}
+        for find in (sweep, sweep_backwards):  # the second runs on the tiles that the first has found
+            for key, measured in find(shape, dtype, device).items():
+                known = times.setdefault(key, measured)
+                if known is not measured:  # shapes of one bucket: the least time of both
+                    times[key] = {choice: t + measured.get(choice, math.inf) for choice, t in known.items()}
+            best = {key: min(found, key=found.__getitem__) for key, found in times.items() if found}
+            save(file, best)
     _progress("")
     print(f"\n{torch.cuda.get_device_name(device)}")
     print(f"{'kernel':<52} {'M×N, warps, stages':<22} {'ms':>9} {'shipped ms':>11}")
     arch = 10 * torch.cuda.get_device_capability(device)[0] + torch.cuda.get_device_capability(device)[1]
     for key, choice in best.items():
         kernel, size, d = re.match(r"(\w+) bytes=(\d+) D=(\d+)", key).groups()  # type: ignore[union-attr]
-        default = times[key].get(shipped(kernel, arch, int(size), int(d)), math.nan)
-        label = f"{choice.block_m}×{choice.block_n}, {choice.warps}, {choice.stages}"
-        print(f"{key:<52} {label:<22} {times[key][choice]:>9.3f} {default:>11.3f}")
-    save(cache_file(device), best)
-    print(f"kept in {cache_file(device)}")
+        usual: Tile | str = "flash" if kernel == "backward" else shipped(kernel, arch, int(size), int(d))
+        print(f"{key:<52} {choice!s:<22} {times[key][choice]:>9.3f} {times[key].get(usual, math.nan):>11.3f}")
+    print(f"kept in {file}")
     return 0
 
 

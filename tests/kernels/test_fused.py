@@ -16,6 +16,7 @@ from torch.utils import deterministic
 pytest.importorskip("triton", reason="Triton is not installed: the fused kernels cannot run")
 
 from flash_jvp import fused, tuning
+from flash_jvp.plain import lse_dtype
 from flash_jvp.tuning import Tile
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -63,7 +64,7 @@ def check(case: Case, given: list[Tensor]) -> None:
         o, to, lse = fused.forward(q, k, v, *tangents, scale, case.causal)
         gradients = fused.backward(go, q, k, v, o, lse, scale, case.causal)
     assert (to is None) == (not case.given)
-    assert lse.dtype == torch.float32
+    assert lse.dtype == lse_dtype(q)
 
     def plain(dtype: torch.dtype) -> list[Tensor]:
         primals = [x.to(dtype, copy=True, memory_format=torch.contiguous_format) for x in (q, k, v)]

@@ -209,6 +209,36 @@ def test_choice_is_told(tensors: list[Tensor], monkeypatch: pytest.MonkeyPatch) 
     assert taken()["attention_jvp"] == ["math", "torch"]
 
 
+@pytest.mark.parametrize("queries", [9, 1])
+def test_gradients_of_any_strides(queries: int) -> None:
+    """PyTorch's kernel for CPUs gives NaN where the last stride is not 1."""
+    tensors = inputs(queries, 12)
+    wide = [torch.full((*x.shape, 2), torch.nan, dtype=x.dtype) for x in tensors[:3]]
+    for x, y in zip(wide, tensors, strict=False):
+        x[..., 0] = y
+    gradient = torch.randn(2, 3, queries, 32, dtype=torch.float64)[..., ::2]
+    primals = [x[..., 0].detach().requires_grad_() for x in wide]
+    assert all(x.stride(-1) == 2 for x in (*primals, gradient))
+    result = torch.autograd.grad(attention(*primals), primals, gradient)
+    assert same(result, gradients(attend, tensors, gradient))
+
+
+@pytest.mark.parametrize("backend", ["auto", "math", "torch"])
+@pytest.mark.parametrize(("queries", "keys", "causal"), [(7, 1, False), (7, 1, True), (1, 7, True)])
+def test_the_gradient_of_a_single_key_is_exact(queries: int, keys: int, causal: bool, backend: str) -> None:
+    """In float32 at logits of some hundreds, where rounding would be multiplied by q and k."""
+    q, k, v, *_ = (x.float() for x in inputs(queries, keys, **SIZES))
+    primals = [x.requires_grad_() for x in (q * 30, k * 30, v)]
+    o = attention(*primals, causal=causal, backend=backend)
+    gradient = torch.randn_like(o)
+    dq, dk, dv = torch.autograd.grad(o, primals, gradient)
+    assert not dq.any()
+    assert not dk.any()
+    assert not dv[:, :, 1:].any()
+    expected = gradient.double().unflatten(1, (2, 2)).sum(dim=(2, 3))
+    assert relative(dv[:, :, 0].double(), expected) < 1e-7
+
+
 @pytest.mark.parametrize("name", ["flash", "cudnn"])
 def test_arguments_of_cuda_kernels_fit_their_schemas(name: str) -> None:
     """On a machine without CUDA: PyTorch checks the arguments against fake CUDA tensors and gives the shapes."""

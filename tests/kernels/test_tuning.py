@@ -24,9 +24,11 @@ def card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Fictional 1/2 GB")
     tuning._measured.cache_clear()
     tuning._chosen.cache_clear()
+    tuning._fastest.cache_clear()
     yield tuning.cache_file(CARD)
     tuning._measured.cache_clear()
     tuning._chosen.cache_clear()
+    tuning._fastest.cache_clear()
 
 
 def chosen(kernel: str = "forward_jvp", queries: int = 32760, d: int = 128) -> Tile:
@@ -48,6 +50,17 @@ def test_measured_tiles_are_taken_for_all_lengths_of_their_bucket_and_no_others(
     assert before == chosen(queries=32769) == chosen(queries=16384)
     assert chosen(d=64) == tuning.shipped("forward_jvp", 90, 2, 64)
     assert chosen("forward") == tuning.shipped("forward", 90, 2, 128)
+
+
+def test_the_measured_backward_is_taken_for_its_bucket(card: Path) -> None:
+    q = torch.empty(1, 1, 4000, 64, dtype=torch.bfloat16, device="meta")
+    k = torch.empty(1, 1, 500, 64, dtype=torch.bfloat16, device="meta")
+    key = tuning._key("backward", 2, 64, 4096, 512)
+    tuning.save(card, {key: "cudnn", tuning._key("forward", 2, 64, 4096, 512): MEASURED})
+    assert tuning._fastest(CARD, key) == "cudnn"
+    assert chosen("forward", 4096, 64) != MEASURED  # its keys are 4,096, not 512
+    assert tuning._fastest(CARD, tuning._key("backward", 2, 128, 4096, 512)) is None
+    assert tuning.backward(q, k) is None  # not on a card
 
 
 def test_a_second_sweep_keeps_what_the_first_one_measured(card: Path) -> None:
