@@ -110,7 +110,7 @@ def _scores_seen(q: Tensor, k: Tensor, scale: float, causal: bool) -> Tensor:
 
 def lse_dtype(q: Tensor) -> torch.dtype:
     """Of the log-sum-exp: its rounding is a relative error of every P of the row, so finer than the inputs."""
-    return torch.float32 if q.dtype.itemsize == 2 else torch.float64
+    return torch.float32 if q.dtype.itemsize == 2 or q.device.type == "mps" else torch.float64  # MPS has no float64
 
 
 def keys_seen(q: Tensor, k: Tensor, causal: bool) -> int:
@@ -158,7 +158,8 @@ def _one_block(
     s, ts = _scores(q, k, tq, tk, scale)
     _mask(s, 0, causal)
     p = torch.softmax(s, dim=-1)
-    lse = s.amax(dim=-1).double() - p.amax(dim=-1).double().log_()  # the largest of a row is at least 1/S
+    wide = lse_dtype(q)
+    lse = s.amax(dim=-1).to(wide) - p.amax(dim=-1).to(wide).log()  # the largest of a row is at least 1/S
     o = torch.bmm(p, v)
     to = None if tv is None else torch.bmm(p, tv)
     if ts is not None:
@@ -201,4 +202,8 @@ def _many_blocks(
             sum_h = sum_h * rescale + h.sum(dim=-1, keepdim=True)
             g.baddbmm_(h, v[:, block])
     o = o / sum_p
-    return o, None if g is None else g / sum_p - sum_h / sum_p * o, (m.double() + sum_p.double().log_()).squeeze(-1)
+    return (
+        o,
+        None if g is None else g / sum_p - sum_h / sum_p * o,
+        (m.to(lse_dtype(q)) + sum_p.to(lse_dtype(q)).log()).squeeze(-1),
+    )

@@ -15,7 +15,7 @@ from torch.utils import deterministic
 
 pytest.importorskip("triton", reason="Triton is not installed: the fused kernels cannot run")
 
-from flash_jvp import fused, tuning
+from flash_jvp import fused, plain, tuning
 from flash_jvp.plain import lse_dtype
 from flash_jvp.tuning import Tile
 
@@ -298,3 +298,20 @@ def test_an_interpreter_chosen_too_late_is_refused() -> None:
 def test_mixed_types_are_refused() -> None:
     q = torch.empty(GOOD)
     assert "q is torch.float32 on cpu, v is torch.float16" in fused.refusal(q, q, q.half())
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_a_tangent_that_all_keys_share_costs_no_precision(dtype: torch.dtype) -> None:
+    """Such a part of tk, the tangent of a shift, moves rows of tS as a whole: it reaches neither tO nor its error."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, tq, tk, tv = (torch.randn(1, 2, 127, 64, generator=generator) for _ in range(6))
+    share = torch.randn(64, generator=generator)
+    errors: dict[float, list[float]] = {}
+    for size in (0.0, 100.0):
+        tensors = [x.to(DEVICE, dtype) for x in (q, k, v, tq, tk + size * share, tv)]
+        exact = plain.math(*(x.double() for x in tensors), 0.125, False)[1]
+        results = [backend(*tensors, 0.125, False)[1] for backend in (fused.forward, plain.math)]
+        errors[size] = [((x.double() - exact).norm() / exact.norm()).item() for x in results]
+    (own, naive), (own_shared, naive_shared) = errors.values()
+    assert own_shared < 1.5 * own
+    assert naive_shared > 10 * naive
