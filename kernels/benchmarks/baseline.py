@@ -2,9 +2,13 @@
 
 One product a line of the formulas, and so three accumulators, o~ = Σ P~ v, a~ = Σ P~ tv and b~ = Σ H~ v; every tile is
 masked; the lengths are compile-time constants, so that each new one compiles and tunes anew; zero tangents are tensors.
+
+    python kernels/benchmarks/baseline.py    # what the compiler makes of its tiles for an H100, without one (D = 128)
 """
 
 import os
+import sys
+from pathlib import Path
 
 import torch
 import triton
@@ -90,3 +94,23 @@ def attention_jvp(
 
     _kernel[blocks](*tensors, o, to, size**-0.5, QUERIES=queries, KEYS=k.shape[2], SIZE=size)
     return o, to
+
+
+def compile_for_hopper() -> None:
+    """Print registers, stack and shared memory of every tile at 32,760 tokens, D = 128, bfloat16."""
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from flash_jvp import compiled
+
+    tensors = [torch.empty(1, 1, 256, 128, dtype=torch.bfloat16)] * 8
+    print("sm_90, bfloat16, D = 128\nM×N, warps, stages  registers  stack  shared KiB")
+    for config in CONFIGS:
+        machine = compiled.Machine(90)
+        triton.runtime.driver.set_active(machine)
+        _kernel.fn[(1, 1)](*tensors, 1.0, QUERIES=32_760, KEYS=32_760, SIZE=128, **config.all_kwargs())
+        figures = compiled.read(*machine.kernels[0])
+        tile = f"{config.kwargs['ROWS']}×{config.kwargs['COLUMNS']}, {config.num_warps}, {config.num_stages}"
+        print(f"{tile:<20}{figures.registers:>9}{figures.stack:>7}{figures.shared / 1024:>12.1f}", flush=True)
+
+
+if __name__ == "__main__":
+    compile_for_hopper()

@@ -129,6 +129,8 @@ def _add_keys(
         o = tl.dot(p_cast, v_tile, o, input_precision="ieee")
         if tq is not None or tk is not None:
             h = p * (ts * scale - center[:, None])
+            if MASKED and CAUSAL:  # also where a key that is not seen is not finite
+                h = tl.where(_seen(first, start, keys, CAUSAL, BLOCK_M, BLOCK_N), h, 0.0)
             sum_h = sum_h * rescale + tl.sum(h, 1)
             g = tl.dot(h.to(v_tile.dtype), v_tile, g, input_precision="ieee")
         if tv is not None:
@@ -161,10 +163,11 @@ def _forward(
         tv += shared
 
     center = tl.zeros([BLOCK_M], tl.float32)  # about the mean of tS in each row, which tO does not depend on
+    known = tl.minimum(keys, first + 1) if CAUSAL else keys  # those that all queries of the tile see
     if tq is not None:
-        center += tl.sum(tl.cast(tq_tile, tl.float32) * _first_mean(k, k_s, keys, D)[None, :], 1) * scale
+        center += tl.sum(tl.cast(tq_tile, tl.float32) * _first_mean(k, k_s, known, D)[None, :], 1) * scale
     if tk is not None:
-        center += tl.sum(q_tile.to(tl.float32) * _first_mean(tk, k_s, keys, D)[None, :], 1) * scale
+        center += tl.sum(q_tile.to(tl.float32) * _first_mean(tk, k_s, known, D)[None, :], 1) * scale
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     r_i = tl.zeros([BLOCK_M], tl.float32)
@@ -418,7 +421,7 @@ def refusal(q: Tensor, k: Tensor, v: Tensor) -> str | None:
             )
         if x.shape[3] not in DIMS or x.shape[3] != q.shape[3]:
             sizes = ", ".join(map(str, DIMS))
-            return f"D is {q.shape[3]} in q and {x.shape[3]} in {name}: the fused kernel takes one D of {sizes}"
+            return f"D is {x.shape[3]} in {name}: the fused kernel takes one D of {sizes} for all"
     if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[1] % k.shape[1]:
         shapes = ", ".join(str(tuple(x.shape)) for x in given.values())
         return f"q, k, v are {shapes}: expected (B, Hq, Sq, D) and twice (B, Hkv, Skv, D) with Hq a multiple of Hkv"

@@ -8,6 +8,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch._C._functorch import TransformType, get_interpreter_stack, maybe_current_level
+from torch._functorch import eager_transforms
 
 from flash_jvp import operators, plain
 
@@ -24,6 +25,8 @@ def attention(
     `torch.func.jvp`. `backend` is "math", "torch", "triton" or "auto"; `choose` says what "auto" takes.
     Raises ValueError on shapes, dtypes and devices that do not fit.
     """
+    if _elementary():
+        return _composed(q, k, v, None, None, None, scale, causal, backend)[0]
     (q, tq), (k, tk), (v, tv) = (forward_ad.unpack_dual(x) for x in (q, k, v))
     if tq is not None or tk is not None or tv is not None:
         o, to = attention_jvp(q, k, v, tq, tk, tv, scale=scale, causal=causal, backend=backend)
@@ -32,9 +35,7 @@ def attention(
         # The compiler would not see the tangents; where it may fall back to eager mode, this makes it do so.
         raise RuntimeError("dual tensors from outside of a compiled function: make them inside, with torch.func.jvp")
     q, k, v = (_autocast(x) for x in (q, k, v))
-    _check(q, k, v, {}, backend)
-    if _differentiated_twice():
-        return plain.math(q, k, v, None, None, None, _scale(q, scale), causal)[0]
+    _check(q, k, v, {}, scale, causal, backend)
     return operators.attention(q, k, v, _scale(q, scale), causal, backend)[0]
 
 
@@ -54,13 +55,32 @@ def attention_jvp(
 
     The attention is differentiable in q, k and v; a gradient that reaches the derivative raises RuntimeError.
     """
+    given = [x for x in (q, k, v, tq, tk, tv) if x is not None]
+    if _elementary() or any(forward_ad.unpack_dual(x).tangent is not None for x in given):
+        return _composed(q, k, v, tq, tk, tv, scale, causal, backend)
     q, k, v = (_autocast(x) for x in (q, k, v))
     tq, tk, tv = (None if x is None else _autocast(x) for x in (tq, tk, tv))
-    _check(q, k, v, {"q": tq, "k": tk, "v": tv}, backend)
-    if _differentiated_twice():
-        o, to, _ = plain.math(q, k, v, tq, tk, tv, _scale(q, scale), causal)
-        return o, torch.zeros_like(o) if to is None else to
+    _check(q, k, v, {"q": tq, "k": tk, "v": tv}, scale, causal, backend)
     return operators.attention_jvp(q, k, v, tq, tk, tv, _scale(q, scale), causal, backend)[:2]
+
+
+def _composed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tq: Tensor | None,
+    tk: Tensor | None,
+    tv: Tensor | None,
+    scale: float | None,
+    causal: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Both results by elementary operations, which have every derivative; with the whole score matrix."""
+    q, k, v = (_autocast(x) for x in (q, k, v))
+    tq, tk, tv = (None if x is None else _autocast(x) for x in (tq, tk, tv))
+    _check(q, k, v, {"q": tq, "k": tk, "v": tv}, scale, causal, backend)
+    o, to, _ = plain.math(q, k, v, tq, tk, tv, _scale(q, scale), causal)
+    return o, torch.zeros_like(o) if to is None else to
 
 
 def _scale(q: Tensor, scale: float | None) -> float:
@@ -70,20 +90,36 @@ def _scale(q: Tensor, scale: float | None) -> float:
 def _autocast(x: Tensor) -> Tensor:
     """In the dtype of an active autocast, as `scaled_dot_product_attention` takes its inputs."""
     kind = x.device.type
-    if x.dtype == torch.float64 or not operators.autocasts(kind):
+    if x.dtype == torch.float64 or not x.is_floating_point() or not operators.autocasts(kind):
         return x
     return x.to(torch.get_autocast_dtype(kind))
 
 
-def _differentiated_twice() -> bool:
-    """Under `torch.func.grad` (vjp, jacrev, hessian): registered operators do not pass there, elementary ones do."""
-    if torch.compiler.is_compiling():
+def _elementary() -> bool:
+    """Under `torch.func.grad` (vjp, jacrev, hessian) or two forward modes: registered operators do not pass there."""
+    if eager_transforms.JVP_NESTING > 1:
+        return True
+    if torch.compiler.is_compiling():  # which cannot ask for more, and does not pass torch.func.grad of an operator
         return False
     return any(transform.key() == TransformType.Grad for transform in get_interpreter_stack() or ())
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, tangents: dict[str, Tensor | None], backend: str) -> None:
-    """ValueError on what is not supported, with what was found and what is expected."""
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tangents: dict[str, Tensor | None],
+    scale: float | None,
+    causal: bool,
+    backend: str,
+) -> None:
+    """ValueError or TypeError on what is not supported, with what was found and what is expected."""
+    if isinstance(scale, bool) or not isinstance(scale, int | float | torch.SymInt | torch.SymFloat | None):
+        raise TypeError(
+            f"scale is {type(scale).__name__}, must be a number; a tensor belongs to q, which is multiplied"
+        )
+    if not isinstance(causal, bool):
+        raise TypeError(f"causal is {type(causal).__name__}, must be True or False")
     if backend not in ("auto", *operators.BACKENDS):
         raise ValueError(f"backend is {backend!r}, must be one of {', '.join(('auto', *operators.BACKENDS))}")
     shapes = f"q, k, v are {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"

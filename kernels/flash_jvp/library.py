@@ -6,6 +6,7 @@ whichever forward made them, this package's own included, so that training needs
 
 import importlib.util
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -56,14 +57,24 @@ def backwards(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> dict[str, Backwa
         return {}
     if q.device.type == "cpu":
         return {"flash-cpu": _flash_cpu} if q.dtype in (torch.float32, torch.float64, torch.bfloat16) else {}
-    if q.device.type != "cuda" or q.dtype not in (torch.float16, torch.bfloat16) or q.shape[3] % 8 or q.shape[3] > 256:
+    if q.device.type != "cuda" or q.dtype not in (torch.float16, torch.bfloat16) or q.shape[3] % 8 or q.shape[3] > 192:
         return {}
-    found: dict[str, Backward] = {"flash": _flash}
-    if q.shape[1] == k.shape[1] and q.shape[3] <= 128 and torch.backends.cudnn.is_available():
+    if torch.cuda.get_device_capability(q.device) < (8, 0):
+        return {}
+    found: dict[str, Backward] = {}
+    if torch.backends.cuda.is_flash_attention_available():
+        found["flash"] = _flash
+    exact = torch.are_deterministic_algorithms_enabled()
+    if q.shape[1] == k.shape[1] and q.shape[3] <= 128 and torch.backends.cudnn.is_available() and not exact:
         found["cudnn"] = _cudnn
-    if importlib.util.find_spec("flash_attn"):
+    if _has_flash_attn():
         found["flash-attn"] = _flash_attn
     return found
+
+
+@cache
+def _has_flash_attn() -> bool:
+    return importlib.util.find_spec("flash_attn") is not None
 
 
 def _flash_cpu(
@@ -100,8 +111,9 @@ def _flash_attn(
 
     go, q, k, v, o = (x.transpose(1, 2).contiguous() for x in (go, q, k, v, o))
     gradients = [torch.empty_like(x) for x in (q, k, v)]
+    exact = torch.are_deterministic_algorithms_enabled()
     options = {"dropout_p": 0.0, "softmax_scale": scale, "causal": causal, "softcap": 0.0, "alibi_slopes": None}
-    window = {"window_size_left": -1, "window_size_right": -1, "deterministic": False}
+    window = {"window_size_left": -1, "window_size_right": -1, "deterministic": exact}
     _flash_attn_backward(go, q, k, v, o, lse, *gradients, **options, **window)
     dq, dk, dv = (x.transpose(1, 2) for x in gradients)
     return dq, dk, dv

@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
@@ -20,6 +21,10 @@ REACHED = (
     "a gradient has reached the tangent of attention, which has none here: the gradient kernel is that of O alone, and "
     "dropping this part would be a silent error. Detach the tangent (sCM, MeanFlow and rCM use it as a constant) or "
     "compute it under torch.no_grad()"
+)
+TWICE = (
+    "the gradient of attention is not differentiated again: its own kernel has no derivative. torch.func.grad (or jvp) "
+    "of a torch.func.jvp (or grad) works, by elementary operations"
 )
 
 _taken: dict[str, set[str]] = defaultdict(set)
@@ -35,9 +40,17 @@ def choose(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, backend: st
 
     Raises ValueError where the backend asked for cannot take them.
     """
-    own = own_backend(q, k, v, backend)
+    return {
+        "attention": forward_name(q, k, v, causal, backend),
+        "attention_jvp": own_backend(q, k, v, backend),
+        "backward": backward_name(q, k, v, causal, backend),
+    }
+
+
+def forward_name(q: Tensor, k: Tensor, v: Tensor, causal: bool, backend: str) -> str:
+    """The kernel for ordinary tensors: PyTorch's own where it has one, unless a backend is asked for."""
     primal = library.forward_name(q, k, v, causal) if backend == "auto" else None
-    return {"attention": primal or own, "attention_jvp": own, "backward": backward_name(q, k, v, causal, backend)}
+    return primal or own_backend(q, k, v, backend)
 
 
 @cache
@@ -95,17 +108,22 @@ def _exactly(kind: str) -> AbstractContextManager[Any]:
     return torch.autocast(kind, enabled=False) if autocasts(kind) else nullcontext()
 
 
+def _fresh(x: Tensor) -> Tensor:
+    """Contiguous, and no view to autograd: a user may write into what an operator returns."""
+    return torch.ops.aten._unsafe_view(x.contiguous(), x.shape)
+
+
 @torch.library.custom_op("flash_jvp::attention", mutates_args=())
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, backend: str) -> tuple[Tensor, Tensor]:
     """O and the log-sum-exp of its rows."""
-    name = choose(q, k, v, causal=causal, backend=backend)["attention"]
+    name = forward_name(q, k, v, causal, backend)
     _taken["attention"].add(name)
     with _exactly(q.device.type):
         if name in BACKENDS:
             o, _, lse = _own(name)[0](q, k, v, None, None, None, scale, causal)
         else:
             o, lse = library.FORWARDS[name](q, k, v, scale, causal)
-    return o.contiguous(), lse.to(plain.lse_dtype(q)).contiguous()
+    return _fresh(o), _fresh(lse.to(plain.lse_dtype(q)))
 
 
 @torch.library.custom_op("flash_jvp::attention_jvp", mutates_args=())
@@ -125,7 +143,7 @@ def attention_jvp(
     _taken["attention_jvp"].add(name)
     with _exactly(q.device.type):
         o, to, lse = _own(name)[0](q, k, v, tq, tk, tv, scale, causal)
-    return o, torch.zeros_like(o) if to is None else to, lse
+    return _fresh(o), torch.zeros_like(o) if to is None else _fresh(to), _fresh(lse)
 
 
 @torch.library.custom_op("flash_jvp::attention_backward", mutates_args=())
@@ -155,7 +173,7 @@ def attention_backward(
         if name not in BACKENDS:  # PyTorch's kernels read some strides wrongly: NaN where the last is not 1 (2.13)
             q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
         dq, dk, dv = run(go.contiguous(), q, k, v, o, lse, scale, causal)
-    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+    return _fresh(dq), _fresh(dk), _fresh(dv)
 
 
 @attention.register_fake
@@ -191,6 +209,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _backward(ctx: Any, go: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     gto = others[0] if ctx.tangents else None
+    if go is not None and forward_ad.unpack_dual(go).tangent is not None:
+        raise RuntimeError(TWICE)
     # A compiled backward pass is handed zeros for the outputs that have no gradient, so that it must look at them.
     if gto is not None and get_proxy_mode() is None:
         raise RuntimeError(REACHED)
@@ -198,5 +218,10 @@ def _backward(ctx: Any, go: Tensor | None, *others: Tensor | None) -> tuple[Tens
     return *gradients, *(None,) * (ctx.tangents + 3)
 
 
+def _no_backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    raise RuntimeError(TWICE)
+
+
+attention_backward.register_autograd(_no_backward)
 attention.register_autograd(_backward, setup_context=_save)
 attention_jvp.register_autograd(_backward, setup_context=_save)

@@ -27,15 +27,15 @@ def math(
     group = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
     tk, tv = (None if x is None else x.repeat_interleave(group, dim=1) for x in (tk, tv))
-    s = _scores_seen(q, k, scale, causal)
+    s = _seen(q @ k.mT * scale, causal, -torch.inf)
     p = torch.softmax(s, dim=-1)
     o, lse = p @ v, torch.logsumexp(s.to(lse_dtype(q)), dim=-1)
     if tq is None and tk is None and tv is None:
         return o, None, lse
     to = torch.zeros_like(o)
     if tq is not None or tk is not None:
-        ts = sum(a @ b.mT for a, b in ((tq, k), (q, tk)) if a is not None and b is not None) * scale
-        h = p * ts
+        products = [a @ b.mT for a, b in ((tq, k), (q, tk)) if a is not None and b is not None]
+        h = p * _seen(sum(products[1:], products[0]) * scale, causal, 0.0)
         to = h @ v - h.sum(dim=-1, keepdim=True) * o
     if tv is not None:
         to = to + p @ tv
@@ -67,7 +67,7 @@ def math_backward(
     """
     group = q.shape[1] // k.shape[1]
     k_BHSD, v_BHSD = (x.repeat_interleave(group, dim=1) for x in (k, v))
-    p = torch.softmax(_scores_seen(q, k_BHSD, scale, causal), dim=-1)
+    p = torch.softmax(_seen(q @ k_BHSD.mT * scale, causal, -torch.inf), dim=-1)
     dp = go @ v_BHSD.mT
     ds = p * (dp - (p * dp).sum(dim=-1, keepdim=True))
     dk, dv = (x.unflatten(1, (-1, group)).sum(dim=2) for x in (ds.mT @ q * scale, p.mT @ go))
@@ -77,10 +77,16 @@ def math_backward(
 def stream_backward(
     go: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same, block by block: P is computed again from S and its log-sum-exp, and rowsum(P ∘ dP) = rowsum(dO ∘ O)."""
+    """The same, block by block: P is computed again from S and its log-sum-exp, and rowsum(P ∘ dP) = rowsum(dO ∘ O).
+
+    Keys are taken from their mean: rows of S move as a whole, and what P does not depend on is not rounded with it.
+    """
     go_NRD, q_NRD, o_NRD = (_fold(x, k) for x in (go, q, o))
     k_NSD, v_NSD = _fold(k, k), _fold(v, k)
-    lse_NR1 = lse.reshape(*q_NRD.shape[:2], 1)
+    mean_N1D = k_NSD.mean(dim=1, keepdim=True)
+    k_NSD = k_NSD - mean_N1D
+    wide = lse_dtype(q)
+    lse_NR1 = lse.reshape(*q_NRD.shape[:2], 1) - q_NRD.to(wide) @ mean_N1D.to(wide).mT * scale
     coarse = lse_NR1.to(q_NRD.dtype)
     fine = (lse_NR1 - coarse).to(q_NRD.dtype)  # S - coarse is exact where P counts: no rounding at the size of S
     delta = (go_NRD * o_NRD).sum(dim=-1, keepdim=True)
@@ -89,7 +95,7 @@ def stream_backward(
     for start in range(0, seen, KV_BLOCK):
         block = slice(start, min(start + KV_BLOCK, seen))
         s, _ = _scores(q_NRD, k_NSD[:, block], None, None, scale)
-        _mask(s, start, q.shape[2] if causal else 0)
+        _mask(s, None, start, q.shape[2] if causal else 0)
         ds = torch.bmm(go_NRD, v_NSD[:, block].mT)
         if seen <= KV_BLOCK:  # the whole row is here: its sums are exact, as if nothing were computed again
             p = torch.softmax(s, dim=-1)
@@ -103,9 +109,9 @@ def stream_backward(
     return dq.view(q.shape).to(q.dtype), dk.view(k.shape).to(k.dtype), dv.view(v.shape).to(v.dtype)
 
 
-def _scores_seen(q: Tensor, k: Tensor, scale: float, causal: bool) -> Tensor:
-    s = q @ k.mT * scale
-    return s.masked_fill(_after(s.shape[-2], s.shape[-1], s.device), -torch.inf) if causal else s
+def _seen(s: Tensor, causal: bool, other: float) -> Tensor:
+    """Scores (or their tangent), and another value where the key comes after the query."""
+    return s.masked_fill(_after(s.shape[-2], s.shape[-1], s.device), other) if causal else s
 
 
 def lse_dtype(q: Tensor) -> torch.dtype:
@@ -134,10 +140,13 @@ def _after(rows: int, keys: int, device: torch.device, start: int = 0, queries: 
     return torch.arange(start, start + keys, device=device) > query[:, None]
 
 
-def _mask(s_NRS: Tensor, start: int, causal_queries: int) -> None:
+def _mask(s_NRS: Tensor, ts_NRS: Tensor | None, start: int, causal_queries: int) -> None:
     """Fill the scores of keys after their query, in place; `causal_queries` is 0 where nothing is masked."""
     if causal_queries:
-        s_NRS.masked_fill_(_after(s_NRS.shape[1], s_NRS.shape[2], s_NRS.device, start, causal_queries), -torch.inf)
+        after = _after(s_NRS.shape[1], s_NRS.shape[2], s_NRS.device, start, causal_queries)
+        s_NRS.masked_fill_(after, -torch.inf)
+        if ts_NRS is not None:
+            ts_NRS.masked_fill_(after, 0.0)
 
 
 def _scores(q: Tensor, k: Tensor, tq: Tensor | None, tk: Tensor | None, scale: float) -> tuple[Tensor, Tensor | None]:
@@ -156,7 +165,7 @@ def _one_block(
 ) -> Result:
     """All keys at once, in few operations: tO = P tv + tP v with tP = P ∘ (tS - rowsum(P ∘ tS))."""
     s, ts = _scores(q, k, tq, tk, scale)
-    _mask(s, 0, causal)
+    _mask(s, ts, 0, causal)
     p = torch.softmax(s, dim=-1)
     wide = lse_dtype(q)
     lse = s.amax(dim=-1).to(wide) - p.amax(dim=-1).to(wide).log()  # the largest of a row is at least 1/S
@@ -185,7 +194,7 @@ def _many_blocks(
     for start in range(0, k.shape[1], KV_BLOCK):
         block = slice(start, start + KV_BLOCK)
         s, ts = _scores(q, k[:, block], tq, None if tk is None else tk[:, block], scale)
-        _mask(s, start, causal)
+        _mask(s, ts, start, causal)
         m_old, m = m, torch.maximum(m, s.amax(dim=-1, keepdim=True))
         p = s.sub_(m).exp_()
         rescale = torch.exp(m_old - m)
@@ -197,7 +206,8 @@ def _many_blocks(
         if tv is not None:
             g.baddbmm_(p, tv[:, block])
         if ts is not None:
-            center = ts[:, :, :16].mean(dim=-1, keepdim=True) if center is None else center
+            if center is None:  # of the first keys; under a causal mask of the one that all queries see
+                center = ts[:, :, : 1 if causal else 16].mean(dim=-1, keepdim=True)
             h = ts.sub_(center).mul_(p)
             sum_h = sum_h * rescale + h.sum(dim=-1, keepdim=True)
             g.baddbmm_(h, v[:, block])

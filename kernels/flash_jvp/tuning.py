@@ -65,18 +65,18 @@ TILES_16 = {
         "backward_keys": (Tile(64, 64, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
     },
     "ampere": {
-        "forward": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 3), Tile(128, 64, 8, 2)),
+        "forward": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 3), Tile(64, 64, 8, 2)),
         "forward_tq": (Tile(128, 64, 8, 2), Tile(128, 32, 8, 3), Tile(64, 32, 8, 2)),
         "forward_jvp": (Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 32, 8, 2)),
         "backward_queries": (Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 32, 8, 2)),
-        "backward_keys": (Tile(64, 64, 8, 2), Tile(32, 64, 8, 2), Tile(32, 32, 4, 2)),
+        "backward_keys": (Tile(64, 64, 8, 2), Tile(32, 64, 8, 2), Tile(32, 32, 8, 2)),
     },
     "small": {  # 99 KiB of shared memory: 8.6, 8.9, 12.x and what is not known
         "forward": (Tile(128, 64, 8, 2), Tile(64, 64, 4, 3), Tile(64, 32, 8, 2)),
         "forward_tq": (Tile(128, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 2)),
         "forward_jvp": (Tile(128, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 16, 8, 2)),
         "backward_queries": (Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 32, 8, 2)),
-        "backward_keys": (Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 32, 8, 2)),
+        "backward_keys": (Tile(32, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 32, 8, 2)),
     },
 }
 # In float32 the products run on CUDA cores of any card, and whole rows are in registers: for all kernels.

@@ -91,6 +91,20 @@ def test_masks_and_shared_key_heads(queries: int, keys: int, backend: str, group
         assert all(relative(x, y) < 1e-12 for x, y in zip(result, exact, strict=True))
 
 
+@pytest.mark.usefixtures("block")
+@pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
+def test_keys_that_are_not_seen_reach_nothing(backend: str) -> None:
+    """Not even where they, or their tangents, are huge or not numbers."""
+    tensors = inputs(8, 40)
+    o, to = reference(tensors, causal=True)
+    for spoiled in (1, 4):
+        for value in (1e30, torch.nan):
+            given = [x.clone() for x in tensors]
+            given[spoiled][:, :, 5:] = value
+            result = attention_jvp(*given, causal=True, backend=backend)
+            assert all(relative(x[:, :, :5], y[:, :, :5]) < 1e-12 for x, y in zip(result, (o, to), strict=True))
+
+
 @pytest.mark.parametrize("queries", [7, 19])
 def test_causal_is_that_of_scaled_dot_product_attention(queries: int) -> None:
     q, k, v, *_ = inputs(queries, 11)

@@ -96,10 +96,68 @@ def test_explicit_jvp_under_func_grad(tensors: list[Tensor]) -> None:
     assert same(torch.func.grad(loss)(tensors[0]), torch.func.grad(exact)(tensors[0]))
 
 
-@pytest.mark.filterwarnings("ignore")
+@pytest.mark.filterwarnings("ignore")  # PyTorch loops over the batch, and says so
 def test_vmap(tensors: list[Tensor]) -> None:
-    result = torch.func.vmap(attention)(*(x[None] for x in tensors[:3]))[0]
-    assert same(result, attend(*tensors[:3]))
+    batch = [torch.stack([x, 2 * x, x.flip(2)]) for x in tensors]
+    assert same(torch.func.vmap(attention)(*batch[:3]), torch.stack(list(map(attend, *batch[:3]))))
+    result = torch.func.vmap(lambda *x: torch.func.jvp(attention, x[:3], x[3:]))(*batch)
+    assert same(result, [torch.stack(x) for x in zip(*map(reference, zip(*batch, strict=True)), strict=True)])
+
+
+def test_linearize(tensors: list[Tensor]) -> None:
+    o, tangent = torch.func.linearize(attention, *tensors[:3])
+    assert same((o, tangent(*tensors[3:])), reference(tensors))
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+def test_a_second_forward_mode_is_not_dropped(tensors: list[Tensor], compiling: bool) -> None:
+    q, k, v, tq, *_ = tensors
+
+    def twice(fn: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
+        once = lambda q: torch.func.jvp(lambda q: fn(q, k, v), (q,), (tq,))[1]  # noqa: E731
+        return lambda q: torch.func.jvp(once, (q,), (tq.flip(2),))[1]
+
+    torch._dynamo.reset()
+    run = torch.compile(twice(attention), backend="eager", fullgraph=True) if compiling else twice(attention)
+    assert same(run(q), twice(attend)(q))
+
+
+def test_dual_inputs_of_the_explicit_form_keep_their_tangents(tensors: list[Tensor]) -> None:
+    q, k, v, tq, *_ = tensors
+    for argument in (0, 3):
+
+        def along(fn: Callable[..., Tensor], argument: int = argument) -> tuple[Tensor, Tensor]:
+            def move(x: Tensor) -> Tensor:
+                return fn(x, k, v, tq) if argument == 0 else fn(q, k, v, x)
+
+            return torch.func.jvp(move, (tensors[argument],), (tq.flip(2),))
+
+        def exact(q: Tensor, k: Tensor, v: Tensor, tq: Tensor) -> Tensor:
+            return torch.func.jvp(lambda q: attend(q, k, v), (q,), (tq,))[1]
+
+        assert same(along(lambda *x: attention_jvp(*x)[1]), along(exact))
+
+
+def test_the_gradient_of_a_dual_is_refused_or_right(tensors: list[Tensor], gradient: Tensor) -> None:
+    q, k, v, tq, *_ = tensors
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="gradient of attention is not differentiated"):
+        dual = forward_ad.make_dual(q.clone().requires_grad_(), tq)
+        torch.autograd.grad(attention(dual, k, v).square().sum(), dual)
+    with pytest.raises(RuntimeError, match="gradient of attention is not differentiated"):
+        primal = q.clone().requires_grad_()
+        (first,) = torch.autograd.grad(attention(primal, k, v), primal, gradient, create_graph=True)
+        first.sum().backward()
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "math"])
+def test_results_may_be_written_into(tensors: list[Tensor], backend: str) -> None:
+    q = tensors[0].clone().requires_grad_()
+    o = attention(q, *tensors[1:3], backend=backend)
+    assert same(o.mul_(2), attend(*tensors[:3]) * 2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):  # it is needed for the gradient
+        o.sum().backward()
+    o, to = attention_jvp(*tensors, backend=backend)
+    assert same(o.add_(to), sum(reference(tensors)))
 
 
 def test_recomputation(tensors: list[Tensor], gradient: Tensor) -> None:
@@ -249,15 +307,23 @@ def test_arguments_of_cuda_kernels_fit_their_schemas(name: str) -> None:
         assert [x.shape for x in run(o, q, k, v, o, lse, 0.1, False)] == [q.shape, k.shape, v.shape]
 
 
-def test_no_library_backward_for_a_causal_mask_over_different_lengths() -> None:
+def test_no_library_backward_for_a_causal_mask_over_different_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
     """flash-attn 2.1 and later aligns such a mask with the last key."""
-    q, k, v = (torch.empty(1, 1, s, 64, dtype=torch.bfloat16, device="meta") for s in (3, 5, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     for device in ("cpu", "cuda"):
         with FakeTensorMode():
             q, k, v = (torch.empty(1, 1, s, 64, dtype=torch.bfloat16, device=device) for s in (3, 5, 5))
             assert library.backwards(q, k, v, causal=False)
             assert not library.backwards(q, k, v, causal=True)
             assert library.backwards(k, k, v, causal=True)
+
+
+def test_old_cards_have_no_flash_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with FakeTensorMode():
+        q = torch.empty(1, 1, 8, 64, dtype=torch.float16, device="cuda")
+        assert library.backwards(q, q, q, causal=False) == {}
 
 
 # Autocast and misuse
@@ -292,6 +358,20 @@ def test_autocast_is_that_of_scaled_dot_product_attention(tensors: list[Tensor])
 def test_what_does_not_fit_is_named(change: Callable, message: str, tensors: list[Tensor]) -> None:
     with pytest.raises(ValueError, match=message):
         attention_jvp(*change(tensors))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scale": torch.tensor(0.3)}, "scale is Tensor, must be a number"),
+        ({"scale": "0.3"}, "scale is str"),
+        ({"scale": True}, "scale is bool"),
+        ({"causal": 1}, "causal is int, must be True or False"),
+    ],
+)
+def test_options_of_another_type_are_named(options: dict, message: str, tensors: list[Tensor]) -> None:
+    with pytest.raises(TypeError, match=message):
+        attention(*tensors[:3], **options)
 
 
 def test_unknown_backend_is_named(tensors: list[Tensor]) -> None:
