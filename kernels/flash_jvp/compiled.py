@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from flash_jvp import tuning
+from flash_jvp.tuning import DIMS
 
 SHARED_KIB = {
     80: 163,
@@ -36,7 +37,6 @@ SHARED_KIB = {
     120: 99,
 }  # CUDA programming guide, per block
 ARCHS = (80, 86, 90, 100, 120)
-DIMS = (16, 32, 64, 128, 256)
 MAX_STACK = 40  # bytes: ten registers, of the sums of a row that each tile reads and writes once
 EXCEPTIONS = {("float32", 256): 512}  # no smaller tile: the smallest product is 16×16, and its rows are in registers
 
@@ -153,15 +153,10 @@ def _cuobjdump(option: str, code: bytes) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def cases(archs: Iterable[int], dims: Iterable[int], dtypes: Iterable[str], causal: bool) -> list[Case]:
-    """All kernels for these."""
-    return [
-        Case(arch, kernel, dtype, d, causal)
-        for arch in archs
-        for dtype in dtypes
-        for d in dims
-        for kernel in tuning.KERNELS
-    ]
+def cases(archs: Iterable[int], dims: Iterable[int], dtypes: Iterable[str]) -> list[Case]:
+    """All kernels for these, without a mask and causal."""
+    settings = itertools.product(archs, dtypes, dims, tuning.KERNELS, (False, True))
+    return [Case(arch, kernel, dtype, d, causal) for arch, dtype, d, kernel, causal in settings]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -177,7 +172,6 @@ def main(arguments: list[str] | None = None) -> int:
         "--dim", nargs="+", metavar="N", type=int, choices=DIMS, default=DIMS, help=f"D, default {DIMS}"
     )
     parser.add_argument("--dtype", nargs="+", default=("bfloat16", "float32"), help="default bfloat16 float32")
-    parser.add_argument("--causal", action="store_true", help="the causal kernels instead of the full ones")
     parser.add_argument("--stack", type=int, default=MAX_STACK, metavar="BYTES", help=f"allowed, default {MAX_STACK}")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes, default 1")
     options = parser.parse_args(arguments)
@@ -192,15 +186,15 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 2
 
-    todo = cases(options.arch, options.dim, options.dtype, options.causal)
-    print(f"Triton {triton.__version__}{', causal' if options.causal else ''}; stack bytes allowed: {options.stack}")
-    print(f"{'card':<7}{'dtype':<10}{'D':>4}  {'kernel':<17}{'M×N, warps, stages':<20}registers  stack  shared KiB")
+    todo = cases(options.arch, options.dim, options.dtype)
+    print(f"Triton {triton.__version__}")
+    print(f"{'card':<7}{'dtype':<10}{'D':>4}  {'kernel':<24}{'M×N, warps, stages':<20}registers  stack  shared KiB")
     bad = 0
     with concurrent.futures.ProcessPoolExecutor(options.jobs) as pool:
         for case, future in [(case, pool.submit(compile_case, case)) for case in todo]:
             tile = tuning.shipped(case.kernel, case.arch, getattr(torch, case.dtype).itemsize, case.d)
-            label = f"{tile.block_m}×{tile.block_n}, {tile.warps}, {tile.stages}"
-            print(f"sm_{case.arch:<4}{case.dtype:<10}{case.d:>4}  {case.kernel:<17}{label:<20}", end="")
+            kernel = case.kernel + " causal" * case.causal
+            print(f"sm_{case.arch:<4}{case.dtype:<10}{case.d:>4}  {kernel:<24}{tile!s:<20}", end="")
             try:
                 figures = future.result()
             except Exception as error:  # of the compiler: one line of the table, not the end of it

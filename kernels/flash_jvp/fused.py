@@ -31,10 +31,10 @@ from torch import Tensor
 
 from flash_jvp import tuning
 from flash_jvp.plain import lse_dtype
+from flash_jvp.tuning import DIMS
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # decorated functions stay what they were at import
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-DIMS = (16, 32, 64, 128, 256)
 LOG2E = tl.constexpr(1 / math.log(2))
 LN2 = tl.constexpr(math.log(2))
 COUNTS = ("queries", "keys", "heads", "group")
@@ -406,29 +406,12 @@ def _packed(x: Tensor) -> Tensor:
 
 
 def refusal(q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    """Why the kernels cannot take these primals, as a sentence, or None: they can."""
-    given = {"q": q, "k": k, "v": v}
-    for name, x in given.items():
-        if x.ndim != 4:
-            return f"{name} has shape {tuple(x.shape)}: the fused kernel takes (B, H, S, D)"
-        if x.numel() == 0:
-            return f"{name} has shape {tuple(x.shape)}: the fused kernel takes no empty tensors"
-        if x.dtype not in DTYPES:
-            return f"{name} is {x.dtype}: the fused kernel takes float16, bfloat16 and float32"
-        if x.dtype != q.dtype or x.device != q.device:
-            return (
-                f"q is {q.dtype} on {q.device}, {name} is {x.dtype} on {x.device}: the fused kernel takes one of each"
-            )
+    """Why the kernels cannot take primals of fitting shapes, dtypes and devices, as a sentence, or None: they can."""
+    if q.dtype not in DTYPES:
+        return f"q is {q.dtype}: the fused kernel takes float16, bfloat16 and float32"
+    for name, x in {"q": q, "v": v}.items():
         if x.shape[3] not in DIMS or x.shape[3] != q.shape[3]:
-            sizes = ", ".join(map(str, DIMS))
-            return f"D is {x.shape[3]} in {name}: the fused kernel takes one D of {sizes} for all"
-    if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[1] % k.shape[1]:
-        shapes = ", ".join(str(tuple(x.shape)) for x in given.values())
-        return f"q, k, v are {shapes}: expected (B, Hq, Sq, D) and twice (B, Hkv, Skv, D) with Hq a multiple of Hkv"
-    return _device_refusal(q)
-
-
-def _device_refusal(q: Tensor) -> str | None:
+            return f"D is {x.shape[3]} in {name}: the fused kernel takes one D of {', '.join(map(str, DIMS))} for all"
     if INTERPRETED and isinstance(tl.sum, triton.JITFunction):
         return "TRITON_INTERPRET was set after Triton was imported: half of Triton is interpreted, set it before"
     if INTERPRETED and q.device.type in ("cpu", "cuda"):

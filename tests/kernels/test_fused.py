@@ -254,12 +254,8 @@ GOOD = (2, 4, 5, 16)
     [
         ([GOOD] * 3, {}, None),
         ([GOOD, (2, 2, 9, 16), (2, 2, 9, 16)], {}, None),
-        ([GOOD[1:]] * 3, {}, r"q has shape \(4, 5, 16\)"),
-        ([(2, 4, 0, 16), GOOD, GOOD], {}, r"q has shape \(2, 4, 0, 16\).*empty"),
         ([GOOD, GOOD, (2, 4, 5, 32)], {}, "D is 32 in v"),
         ([(2, 4, 5, 48)] * 3, {}, "D is 48 in q: .*16, 32, 64, 128, 256"),
-        ([GOOD, (2, 3, 5, 16), (2, 3, 5, 16)], {}, "multiple of Hkv"),
-        ([GOOD, GOOD, (2, 4, 6, 16)], {}, r"\(2, 4, 6, 16\): expected"),
         ([GOOD] * 3, {"dtype": torch.float64}, "torch.float64.*takes float16"),
         ([GOOD] * 3, {"device": "meta"}, "q is on meta"),
     ],
@@ -293,11 +289,6 @@ def test_an_interpreter_chosen_too_late_is_refused() -> None:
     environment["PYTHONPATH"] = str(Path(fused.__file__).parents[1])
     result = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True, env=environment, check=True)
     assert "set after Triton was imported" in result.stdout
-
-
-def test_mixed_types_are_refused() -> None:
-    q = torch.empty(GOOD)
-    assert "q is torch.float32 on cpu, v is torch.float16" in fused.refusal(q, q, q.half())
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:])

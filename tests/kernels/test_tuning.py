@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from flash_jvp import compiled, tuning
-from flash_jvp.tuning import Shape, Tile
+from flash_jvp import compiled, sweep, tuning
+from flash_jvp.sweep import Shape
+from flash_jvp.tuning import Tile
 
 CARD = torch.device("cuda", 0)
 MEASURED = Tile(16, 128, 2, 5)  # shipped nowhere
@@ -44,7 +45,7 @@ def test_the_file_is_named_after_card_and_triton(card: Path) -> None:
 def test_measured_tiles_are_taken_for_all_lengths_of_their_bucket_and_no_others(card: Path) -> None:
     before = chosen()
     assert before == tuning.shipped("forward_jvp", 90, 2, 128)
-    tuning.save(card, {tuning._key("forward_jvp", 2, 128, 32760, 32760): MEASURED})
+    tuning.save(card, {tuning.cache_key("forward_jvp", 2, 128, 32760, 32760): MEASURED})
     assert chosen() == MEASURED
     assert chosen(queries=20000) == MEASURED
     assert before == chosen(queries=32769) == chosen(queries=16384)
@@ -55,17 +56,17 @@ def test_measured_tiles_are_taken_for_all_lengths_of_their_bucket_and_no_others(
 def test_the_measured_backward_is_taken_for_its_bucket(card: Path) -> None:
     q = torch.empty(1, 1, 4000, 64, dtype=torch.bfloat16, device="meta")
     k = torch.empty(1, 1, 500, 64, dtype=torch.bfloat16, device="meta")
-    key = tuning._key("backward", 2, 64, 4096, 512)
-    tuning.save(card, {key: "cudnn", tuning._key("forward", 2, 64, 4096, 512): MEASURED})
+    key = tuning.cache_key("backward", 2, 64, 4096, 512)
+    tuning.save(card, {key: "cudnn", tuning.cache_key("forward", 2, 64, 4096, 512): MEASURED})
     assert tuning._fastest(CARD, key) == "cudnn"
     assert chosen("forward", 4096, 64) != MEASURED  # its keys are 4,096, not 512
-    assert tuning._fastest(CARD, tuning._key("backward", 2, 128, 4096, 512)) is None
+    assert tuning._fastest(CARD, tuning.cache_key("backward", 2, 128, 4096, 512)) is None
     assert tuning.backward(q, k) is None  # not on a card
 
 
 def test_a_second_sweep_keeps_what_the_first_one_measured(card: Path) -> None:
-    tuning.save(card, {tuning._key("forward", 2, 64, 4096, 4096): MEASURED})
-    tuning.save(card, {tuning._key("forward", 2, 128, 4096, 4096): MEASURED})
+    tuning.save(card, {tuning.cache_key("forward", 2, 64, 4096, 4096): MEASURED})
+    tuning.save(card, {tuning.cache_key("forward", 2, 128, 4096, 4096): MEASURED})
     assert chosen("forward", 4080, 64) == chosen("forward", 4080, 128) == MEASURED
     assert [path.name for path in card.parent.iterdir()] == [card.name]  # no temporary file is left
 
@@ -101,9 +102,12 @@ def test_the_tables_are_complete() -> None:
     assert small == set(compiled.SHARED_KIB) - set(tuning.FAMILIES)
 
 
-def test_candidates_include_the_shipped_tiles_of_the_large_cards() -> None:
-    for kernel in tuning.KERNELS:
-        assert tuning.shipped(kernel, 90, 2, 128) in tuning.candidates(kernel)
+def test_the_sweep_tries_the_shipped_tile_first_and_each_once() -> None:
+    for kernel, size, d in itertools.product(tuning.KERNELS, (2, 4), (64, 128, 256)):
+        usual = tuning.shipped(kernel, 90, size, d)
+        tiles = sweep.candidates(kernel, usual)
+        assert tiles[0] == usual
+        assert len(set(tiles)) == len(tiles) > 10
 
 
 def test_shapes_are_read_as_they_are_printed() -> None:
@@ -116,9 +120,9 @@ def test_shapes_are_read_as_they_are_printed() -> None:
 
 
 def test_reference_rows_are_those_of_the_whole() -> None:
-    q, k, v, tq, _, tv = tuning._sample(Shape(1, 2, 9, 7, 16), torch.float32, torch.device("cpu"))
+    q, k, v, tq, _, tv = sweep._sample(Shape(1, 2, 9, 7, 16), torch.float32, torch.device("cpu"))
     rows = torch.tensor([0, 8])
-    o, to = tuning._rows_in_float64(q[:, :, rows], k, v, [tq[:, :, rows], None, tv], 0.25)
+    o, to = sweep._rows_in_float64(q[:, :, rows], k, v, [tq[:, :, rows], None, tv], 0.25)
     s = (q @ k.mT / 4).double()
     p = s.softmax(-1)
     h = p * (tq @ k.mT / 4).double()
@@ -129,7 +133,7 @@ def test_reference_rows_are_those_of_the_whole() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_the_sweep_says_so() -> None:
-    command = [sys.executable, "-m", "flash_jvp.tuning"]
+    command = [sys.executable, "-m", "flash_jvp.sweep"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2
-    assert result.stderr == "flash_jvp.tuning: no CUDA device is visible; tiles can only be measured on one\n"
+    assert result.stderr == "flash_jvp.sweep: no CUDA device is visible; tiles can only be measured on one\n"
