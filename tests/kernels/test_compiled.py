@@ -26,10 +26,10 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
-def test_no_spills_at_the_size_of_the_video_models(arch: int) -> None:
+def test_spills_at_the_size_of_the_video_models_are_within_their_bounds(arch: int) -> None:
     result = run("-m", "flash_jvp.compiled", "--arch", str(arch), "--dim", "128", "--dtype", "bfloat16")
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "5 kernels, 0 with something wrong" in result.stdout
+    assert "10 kernels, 0 with something wrong" in result.stdout
 
 
 def test_too_many_bytes_of_stack_are_a_failure() -> None:
