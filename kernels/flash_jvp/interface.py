@@ -26,7 +26,7 @@ def attention(
     Raises ValueError on shapes, dtypes and devices that do not fit.
     """
     if _elementary():
-        return _composed(q, k, v, None, None, None, scale, causal, backend)[0]
+        return attention_jvp(q, k, v, scale=scale, causal=causal, backend=backend)[0]
     (q, tq), (k, tk), (v, tv) = (forward_ad.unpack_dual(x) for x in (q, k, v))
     if tq is not None or tk is not None or tv is not None:
         o, to = attention_jvp(q, k, v, tq, tk, tv, scale=scale, causal=causal, backend=backend)
@@ -56,31 +56,14 @@ def attention_jvp(
     The attention is differentiable in q, k and v; a gradient that reaches the derivative raises RuntimeError.
     """
     given = [x for x in (q, k, v, tq, tk, tv) if x is not None]
-    if _elementary() or any(forward_ad.unpack_dual(x).tangent is not None for x in given):
-        return _composed(q, k, v, tq, tk, tv, scale, causal, backend)
+    elementary = _elementary() or any(forward_ad.unpack_dual(x).tangent is not None for x in given)
     q, k, v = (_autocast(x) for x in (q, k, v))
     tq, tk, tv = (None if x is None else _autocast(x) for x in (tq, tk, tv))
     _check(q, k, v, {"q": tq, "k": tk, "v": tv}, scale, causal, backend)
+    if elementary:
+        o, to, _ = plain.math(q, k, v, tq, tk, tv, _scale(q, scale), causal)
+        return o, torch.zeros_like(o) if to is None else to
     return operators.attention_jvp(q, k, v, tq, tk, tv, _scale(q, scale), causal, backend)[:2]
-
-
-def _composed(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tq: Tensor | None,
-    tk: Tensor | None,
-    tv: Tensor | None,
-    scale: float | None,
-    causal: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """Both results by elementary operations, which have every derivative; with the whole score matrix."""
-    q, k, v = (_autocast(x) for x in (q, k, v))
-    tq, tk, tv = (None if x is None else _autocast(x) for x in (tq, tk, tv))
-    _check(q, k, v, {"q": tq, "k": tk, "v": tv}, scale, causal, backend)
-    o, to, _ = plain.math(q, k, v, tq, tk, tv, _scale(q, scale), causal)
-    return o, torch.zeros_like(o) if to is None else to
 
 
 def _scale(q: Tensor, scale: float | None) -> float:
@@ -96,7 +79,10 @@ def _autocast(x: Tensor) -> Tensor:
 
 
 def _elementary() -> bool:
-    """Under `torch.func.grad` (vjp, jacrev, hessian) or two forward modes: registered operators do not pass there."""
+    """Under `torch.func.grad` (vjp, jacrev, hessian) or two forward modes: registered operators do not pass there.
+
+    The operations of `plain.math` do, and have every derivative, with the whole score matrix.
+    """
     if eager_transforms.JVP_NESTING > 1:
         return True
     if torch.compiler.is_compiling():  # which cannot ask for more, and does not pass torch.func.grad of an operator

@@ -214,6 +214,8 @@ def _backward(ctx: Any, go: Tensor | None, *others: Tensor | None) -> tuple[Tens
     # A compiled backward pass is handed zeros for the outputs that have no gradient, so that it must look at them.
     if gto is not None and get_proxy_mode() is None:
         raise RuntimeError(REACHED)
+    if go is None and gto is not None:  # O is no output of the compiled function
+        go = torch.zeros_like(gto)
     gradients = (None,) * 3 if go is None else attention_backward(go, gto, *ctx.saved_tensors, *ctx.options)
     return *gradients, *(None,) * (ctx.tangents + 3)
 

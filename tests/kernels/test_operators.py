@@ -202,6 +202,15 @@ def test_compiled_jvp_with_gradient(compiled: Callable, tensors: list[Tensor], g
             torch.autograd.grad((o + to).sum(), primals)
 
 
+def test_compiled_tangent_alone_refuses_its_gradient(compiled: Callable, tensors: list[Tensor]) -> None:
+    """Where O is no output of the graph, it has no gradient of its own that would bring the backward pass about."""
+    primals = [x.clone().requires_grad_() for x in tensors[:3]]
+    to = compiled(lambda *x: torch.func.jvp(attention, x[:3], x[3:])[1])(*primals, *tensors[3:])
+    assert same(to, reference(tensors)[1])
+    with pytest.raises(RuntimeError, match="a gradient has reached the tangent"):
+        to.sum().backward()
+
+
 def test_dual_tensors_from_outside_of_a_compiled_function(tensors: list[Tensor]) -> None:
     """They would lose their tangents: refused in a full graph, and done in eager mode otherwise."""
 
