@@ -202,6 +202,7 @@ def _check_combinations(tree: Mapping[str, Any]) -> None:
 
     _check_network(tree, require)
     _check_schedule(tree, require)
+    _check_objective(tree, require)
     for key in ("suites.train.weights", "pretrain.weights"):
         require(any(reduce(getitem, key.split("."), tree).values()), key, "at least one above 0")
     # the cells of this codec are those of the tiny world, which has no scenes for other words
@@ -242,8 +243,41 @@ def _check_schedule(tree: Mapping[str, Any], require: Callable[[bool, str, str],
             "what leaves updates to DMD: distillation.tangent_warmup + distillation.scm_only "
             f"({settings['tangent_warmup']} + {settings['scm_only']}) below distillation.student_updates ({updates})",
         )
-    fixed = objective.get("rollout_times")
+    fixed = objective["rollout_times"]
     if objective["dmd_weight"] > 0 and fixed is not None:
         need = settings["max_rollout"] - 1
         allowed = f"null, or at least {need} times, one fewer than distillation.max_rollout"
         require(len(fixed) >= need, "objective.rollout_times", allowed)
+    skip, steps = settings["dcm_skip"], settings["dcm_steps"]
+    require(skip < steps, "distillation.dcm_skip", f"an integer below distillation.dcm_steps ({steps})")
+    micro, batch = tree["parallel"]["micro_batch"], settings["batch"]
+    fits = micro is None or micro <= batch
+    require(fits, "parallel.micro_batch", f"null, or an integer of at most distillation.batch ({batch})")
+
+
+ACTING = {  # which losses act in a method: a consistency loss, DMD, GAN
+    **dict.fromkeys(("scm", "dcm", "meanflow"), (True, False, False)),
+    "dmd": (False, True, False),
+    "dmd2": (False, True, True),
+    "rcm": (True, True, False),
+}
+
+
+def _check_objective(tree: Mapping[str, Any], require: Callable[[bool, str, str], None]) -> None:
+    objective, network = tree["objective"], tree["network"]
+    name, consistency = objective["name"], objective["consistency"]
+    for key, acts in zip(("consistency_weight", "dmd_weight", "gan_weight"), ACTING[name], strict=True):
+        allowed = f"{'a number above 0' if acts else '0'} for objective.name {name}"
+        require((objective[key] > 0) == acts, f"objective.{key}", allowed)
+    if name == "rcm":
+        fits, allowed = consistency is not None, "scm, dcm or meanflow"
+    else:
+        expected_loss = name if ACTING[name][0] else None
+        fits, allowed = consistency == expected_loss, expected_loss or "null"
+    require(fits, "objective.consistency", f"{allowed} for objective.name {name}")
+    if name == "dmd2":
+        branch, layers, width = tree["distillation"]["discriminator"], network["layers"], network["width"]
+        allowed = f"blocks of the network, integers from 0 to {layers - 1} (network.layers - 1)"
+        require(max(branch["layers"]) < layers, "distillation.discriminator.layers", allowed)
+        allowed = f"a divisor of network.width ({width})"
+        require(width % branch["heads"] == 0, "distillation.discriminator.heads", allowed)
