@@ -4,10 +4,13 @@ Shapes: B batch, C channels, T frames, H, W latent height and width, S = T·H·W
 tokens, D width, N heads, P time steps per sample (1, or T for a time per frame).
 
 Tangents need no second class: `forward` takes `torch.autograd.forward_ad` dual tensors as well (see `rcm.dual`).
+Sharding, recomputation and the sharing of tokens come from outside too (`rcm.parallel`): blocks and head take tensors by
+position; `split`, `gather` and `attend` are attributes that it replaces. The tokens are computed in the data type of
+the blocks' weights, the time in that of its own (`precise`).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -59,6 +62,8 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention with RMS-normalised queries and keys; to itself with rotary angles, or to a text."""
 
+    attend: Callable[..., Tensor] = staticmethod(attention)
+
     def __init__(self, width: int, heads: int, eps: float):
         super().__init__()
         self.heads = heads
@@ -72,7 +77,7 @@ class Attention(nn.Module):
         )
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
-        return self.o(attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.o(self.attend(q, k, v).transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
@@ -88,12 +93,14 @@ class Block(nn.Module):
         self.ffn = nn.Sequential(nn.Linear(width, mlp_width), nn.GELU("tanh"), nn.Linear(mlp_width, width))
         self.modulation = nn.Parameter(torch.randn(1, 6, width) / width**0.5)
 
-    def forward(self, x_BSD: Tensor, time_BP6D: Tensor, text_BLD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x_BSD: Tensor, time_BP6D: Tensor, text_BLD: Tensor, cos_SD: Tensor, sin_SD: Tensor) -> Tensor:
+        dtype = x_BSD.dtype
         shift1, scale1, gate1, shift2, scale2, gate2 = per_token(self.modulation + time_BP6D, x_BSD.shape[1])
-        y = self.norm1(x_BSD) * (1 + scale1) + shift1
-        x_BSD = x_BSD + self.self_attn(y, y, rotary) * gate1
+        y = (self.norm1(x_BSD) * (1 + scale1) + shift1).to(dtype)
+        x_BSD = (x_BSD + self.self_attn(y, y, (cos_SD, sin_SD)) * gate1).to(dtype)
         x_BSD = x_BSD + self.cross_attn(self.norm3(x_BSD), text_BLD)
-        return x_BSD + self.ffn(self.norm2(x_BSD) * (1 + scale2) + shift2) * gate2
+        y = (self.norm2(x_BSD) * (1 + scale2) + shift2).to(dtype)
+        return (x_BSD + self.ffn(y) * gate2).to(dtype)
 
 
 class Head(nn.Module):
@@ -107,15 +114,20 @@ class Head(nn.Module):
 
     def forward(self, x_BSD: Tensor, time_BPD: Tensor) -> Tensor:
         shift, scale = per_token(self.modulation + time_BPD[:, :, None], x_BSD.shape[1])
-        return self.head(self.norm(x_BSD) * (1 + scale) + shift)
+        return self.head((self.norm(x_BSD) * (1 + scale) + shift).to(x_BSD.dtype))
 
 
 def per_token(modulation_BPKD: Tensor, tokens: int) -> tuple[Tensor, ...]:
-    """Split K modulation vectors, each (B, 1, D), or (B, S, D) where every frame has its own time."""
+    """Split K modulation vectors, each (B, 1, D), or (B, S, D) where every frame or token has its own time."""
     steps = modulation_BPKD.shape[1]
-    if steps > 1:
+    if steps not in (1, tokens):
         modulation_BPKD = modulation_BPKD.repeat_interleave(tokens // steps, dim=1)
     return modulation_BPKD.unbind(2)
+
+
+def whole(x: Tensor, *_: int) -> Tensor:
+    """All tokens: what `split` and `gather` do where one process has them."""
+    return x
 
 
 class PatchEmbedding(nn.Conv3d):
@@ -135,6 +147,10 @@ class WanTransformer(nn.Module):
     (T, H, W) in tokens, adds learned absolute positions to the rotary ones: Wan2.1 has none, but in a grid of 3 x 3
     tokens relative positions cannot tell left from right before anything is visible.
     """
+
+    precise = ("time_embedding", "time_projection")  # modules that stay in float32 where the others are rounded
+    split: Callable[[Tensor, int], Tensor] = staticmethod(whole)  # (tokens, their axis) -> the tokens of this process
+    gather: Callable[[Tensor, int], Tensor] = staticmethod(whole)  # (B, tokens here, D), their number -> all of them
 
     def __init__(
         self,
@@ -191,18 +207,25 @@ class WanTransformer(nn.Module):
         if time_BP.ndim != 2 or time_BP.shape[1] not in (1, size[0]):
             raise ValueError(f"time must be (B, 1) or (B, {size[0]}), got {tuple(time_BP.shape)}")
         t, h, w = (n // p for n, p in zip(size, self.patch, strict=True))
-        dtype = self.head.head.weight.dtype
+        dtype = self.patch_embedding.weight.dtype
+        time_dtype = next(self.time_embedding.parameters()).dtype
 
         x = self.patch_embedding(latents_BCTHW.to(dtype))
         if self.positions is not None:
             pt, ph, pw = self.positions
             x = x + (pt[:t, None, None] + ph[None, :h, None] + pw[None, None, :w]).flatten(0, 2)
-        time_BPD = self.time_embedding(sinusoid(time_BP, self.time_width).to(dtype))
+        time_BPD = self.time_embedding(sinusoid(time_BP, self.time_width).to(time_dtype))
         time_BP6D = self.time_projection(time_BPD).unflatten(-1, (6, -1))
         text = self.text_embedding(text_BLD.to(dtype))
         angles = rotary_angles(t, h, w, x.shape[-1] // self.heads, x.device).repeat_interleave(2, dim=-1)
-        rotary = angles.cos().to(dtype), angles.sin().to(dtype)
+        rotary = [self.split(part.to(dtype), 0) for part in (angles.cos(), angles.sin())]
+        if self.split is not whole and time_BP.shape[1] > 1:  # frames are cut: a time for every token
+            time_BPD, time_BP6D = (
+                self.split(y.repeat_interleave(x.shape[1] // y.shape[1], dim=1), 1) for y in (time_BPD, time_BP6D)
+            )
+        x = self.split(x, 1)
         for block in self.blocks:
-            x = block(x, time_BP6D, text, rotary)
-        patches = self.head(x, time_BPD).unflatten(-1, (*self.patch, self.out_channels)).unflatten(1, (t, h, w))
+            x = block(x, time_BP6D, text, *rotary)
+        x = self.gather(self.head(x, time_BPD), t * h * w)
+        patches = x.unflatten(-1, (*self.patch, self.out_channels)).unflatten(1, (t, h, w))
         return patches.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(-1, self.out_channels, *size)
