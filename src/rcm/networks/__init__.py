@@ -5,9 +5,10 @@ from typing import Any
 
 from torch import nn
 
+from .cosmos import CosmosTransformer
 from .wan import WanTransformer
 
-_CLASSES = {"wan": WanTransformer}
+_CLASSES = {"wan": WanTransformer, "cosmos": CosmosTransformer}
 
 
 def build(config: Mapping[str, Any]) -> nn.Module:
