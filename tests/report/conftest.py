@@ -21,6 +21,9 @@ QUALITY = {  # probability of a correct sample by model and steps
     ("dmd-0", 1): 0.70,
     ("dmd-0", 2): 0.80,
     ("dmd-0", 4): 0.86,
+    ("dmd2-0", 1): 0.71,
+    ("dmd2-0", 2): 0.82,
+    ("dmd2-0", 4): 0.87,
     ("rcm-0", 1): 0.66,
     ("rcm-0", 2): 0.84,
     ("rcm-0", 4): 0.88,
@@ -28,8 +31,10 @@ QUALITY = {  # probability of a correct sample by model and steps
     ("codec", 0): 0.99,
     ("shuffled", 0): 0.05,
 }
-DIVERSITY = {"teacher": 0.92, "scm": 0.9, "dmd": 0.6, "rcm": 0.85, "oracle": 0.97, "codec": 0.97, "shuffled": 0.97}
-DETAIL = {"teacher": 30.0, "scm": 24.0, "dmd": 28.0, "rcm": 28.5, "oracle": 33.0, "codec": 31.0, "shuffled": 33.0}
+DIVERSITY = {"teacher": 0.92, "scm": 0.9, "dmd": 0.6, "dmd2": 0.62, "rcm": 0.85}
+DIVERSITY |= {"oracle": 0.97, "codec": 0.97, "shuffled": 0.97}
+DETAIL = {"teacher": 30.0, "scm": 24.0, "dmd": 28.0, "dmd2": 28.2, "rcm": 28.5}
+DETAIL |= {"oracle": 33.0, "codec": 31.0, "shuffled": 33.0}
 
 
 def _metric(values: np.ndarray, kind: str, value: float | None = None) -> dict[str, Any]:
@@ -132,11 +137,14 @@ def write_metrics(path: Path, method: str, updates: int = 120) -> Path:
     rows: list[dict[str, Any]] = []
     for update in range(1, updates + 1):
         row: dict[str, Any] = {"role": "student", "update": update, "gradient_norm": 2 + rng.gamma(2.0, 0.4)}
-        if method != "dmd":
+        if method in ("scm", "rcm"):
             row |= {"scm_loss": 1 + rng.normal(0, 0.02), "scm_tangent_norm": 30 / update**0.3 * rng.gamma(9, 1 / 9)}
         if method != "scm":
             row |= {"dmd_loss": 60 / update**0.2 * rng.gamma(9, 1 / 9)}
             critic = {"role": "critic", "update": update, "critic_loss": 90 / update**0.1 * rng.gamma(9, 1 / 9)}
+            if method == "dmd2":
+                row |= {"gan_loss": 0.7 + rng.normal(0, 0.05)}
+                critic |= {"critic_gan_loss": 1.4 + rng.normal(0, 0.05)}
             rows.append(critic | {"gradient_norm": 5 * rng.gamma(4, 0.25)})
         rows.append(row)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -162,9 +170,24 @@ def clip_samples(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="session")
 def metrics(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Metrics of three methods."""
+    """Metrics of the four methods."""
     root = tmp_path_factory.mktemp("training")
-    return [write_metrics(root / f"{method}-0" / "metrics.jsonl", method) for method in ("rcm", "scm", "dmd")]
+    return [write_metrics(root / f"{method}-0" / "metrics.jsonl", method) for method in ("rcm", "scm", "dmd2", "dmd")]
+
+
+@pytest.fixture(scope="session")
+def rounding() -> list[dict[str, Any]]:
+    """Rounding errors of two networks, as rcm.evaluation.precision measures them."""
+    times = [0.2, 0.7, 1.3]
+    levels = {"float32": 1e-7, "bfloat16, time in float32": 1e-2, "bfloat16": 3e-2}
+    errors = {
+        name: {
+            key: {bound: [level * k for _ in times] for bound, k in (("low", 0.5), ("median", 1.0), ("high", 2.0))}
+            for key in ("output", "tangent")
+        }
+        for name, level in levels.items()
+    }
+    return [{"model": model, "samples": 8, "times": times, "errors": errors} for model in ("rcm-0", "teacher")]
 
 
 @pytest.fixture(scope="session")

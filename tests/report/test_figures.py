@@ -17,6 +17,7 @@ from rcm.artefact import UserError
 from rcm.report.figures import (
     chosen_prompts,
     figure_clips,
+    figure_precision,
     figure_quality_diversity,
     figure_samples,
     figure_training,
@@ -40,7 +41,11 @@ def places(figure: np.ndarray, picture: np.ndarray, factor: int) -> list[tuple[i
 
 @pytest.fixture(scope="module")
 def drawn(
-    image_samples: list[Path], clip_samples: list[Path], metrics: list[Path], scores: dict[str, list[dict[str, Any]]]
+    image_samples: list[Path],
+    clip_samples: list[Path],
+    metrics: list[Path],
+    scores: dict[str, list[dict[str, Any]]],
+    rounding: list[dict[str, Any]],
 ) -> dict[str, bytes]:
     """Every figure once."""
     return {
@@ -48,6 +53,7 @@ def drawn(
         "clips": figure_clips(clip_samples, prompts=1),
         "quality_diversity": figure_quality_diversity(scores["images"]),
         "training": figure_training(metrics),
+        "precision": figure_precision(rounding),
     }
 
 
@@ -111,6 +117,7 @@ def test_same_inputs_same_bytes(
     clip_samples: list[Path],
     metrics: list[Path],
     scores: dict[str, list[dict[str, Any]]],
+    rounding: list[dict[str, Any]],
     drawn: dict[str, bytes],
 ) -> None:
     with matplotlib.rc_context({"font.size": 20, "axes.facecolor": "red", "savefig.dpi": 10}):  # a user's taste
@@ -119,6 +126,7 @@ def test_same_inputs_same_bytes(
             "clips": figure_clips(clip_samples[::-1], prompts=1),
             "quality_diversity": figure_quality_diversity(scores["images"][::-1]),
             "training": figure_training(metrics[::-1]),
+            "precision": figure_precision(rounding[::-1]),
         }
     assert again == drawn
     for png in drawn.values():
@@ -129,8 +137,29 @@ def test_same_inputs_same_bytes(
 
 @pytest.mark.parametrize("name", ["quality_diversity", "training"])
 def test_every_method_has_its_colour_in_the_plots(name: str, drawn: dict[str, bytes]) -> None:
-    seen = np.unique(pixels(drawn[name]).reshape(-1, 3).astype(np.uint32) @ np.uint32([1 << 16, 1 << 8, 1]))
-    assert {0x0072B2, 0xD55E00, 0x009E73} <= set(seen.tolist())  # sCM, DMD, rCM
+    assert {0x0072B2, 0xD55E00, 0xCC79A7, 0x009E73} <= colours(drawn[name])  # sCM, DMD, DMD2, rCM
+
+
+def colours(png: bytes) -> set[int]:
+    return set(np.unique(pixels(png).reshape(-1, 3).astype(np.uint32) @ np.uint32([1 << 16, 1 << 8, 1])).tolist())
+
+
+def test_training_has_a_panel_for_each_figure_that_was_noted(metrics: list[Path], drawn: dict[str, bytes]) -> None:
+    by_method = {path.parent.name: path for path in metrics}
+    scm = pixels(figure_training([by_method["scm-0"]]))  # sCM loss, tangent norm, gradient norm: one line of panels
+    dmd2 = pixels(figure_training([by_method["dmd2-0"]]))  # DMD, GAN, critic, its GAN, two gradient norms: two lines
+    everything = pixels(drawn["training"])  # eight: three lines
+    heights = [len(figure) for figure in (scm, dmd2, everything)]
+    assert heights[1] - heights[0] == heights[2] - heights[1] > 300
+
+
+def test_each_precision_is_drawn_at_its_level(drawn: dict[str, bytes]) -> None:
+    figure = pixels(drawn["precision"])
+    panel = figure[60 : len(figure) // 2, 200 : figure.shape[1] // 2]  # of the first network, the output
+    rows = {color: np.argwhere((panel == color).all(axis=-1))[:, 0] for color in ((213, 94, 0), (0, 114, 178))}
+    rounded, precise = (np.median(found) for found in rows.values())
+    grey = np.argwhere((panel == (140, 149, 159)).all(axis=-1))[:, 0]
+    assert rounded < precise < np.median(grey[grey > precise])  # 3e-2 above 1e-2 above 1e-7
 
 
 def test_prompts_are_no_mathematics(sampled: Callable[..., Path], tmp_path: Path) -> None:
@@ -149,4 +178,7 @@ def test_figures_refuse_what_shows_nothing(scores: dict[str, list[dict[str, Any]
     with pytest.raises(UserError, match="diversity"):
         figure_quality_diversity(bare)
     with pytest.raises(UserError, match="metrics"):
+        figure_training([tmp_path / "metrics.jsonl"])
+    (tmp_path / "metrics.jsonl").write_text('{"iteration": 1, "role": "student", "update": 1}\n')
+    with pytest.raises(UserError, match="no losses"):
         figure_training([tmp_path / "metrics.jsonl"])

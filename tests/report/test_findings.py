@@ -43,6 +43,17 @@ def test_share_of_the_teacher(ask: Ask, student: Any, verdict: str) -> None:
     assert f"{np.mean(student) / 0.8:.3f}" in finding.sentence
 
 
+def test_rcm_beside_both_baselines(ask: Ask) -> None:
+    values = {"rcm-0": 0.72, "dmd-0": 0.60, "dmd2-0": 0.80}
+    scores = [made(model, 4, value + WAVE / 10, diversity__vendi=value) for model, value in values.items()]
+    assert ask("as good as DMD or", *scores).verdict == SHOWN
+    assert ask("as good as DMD2 or", *scores).verdict == CONTRADICTED
+    assert "rCM − DMD2 in ShapeEval overall is -0.080" in ask("as good as DMD2 or", *scores).sentence
+    assert ask("more diverse than DMD.", *scores).verdict == SHOWN
+    assert ask("more diverse than DMD2.", *scores).verdict == CONTRADICTED
+    assert not [f for f in findings(scores[:2]) if "DMD2" in f.claim]  # nothing is said of what was not trained
+
+
 @pytest.mark.parametrize(
     ("rcm", "verdict"),
     [

@@ -22,10 +22,12 @@ def test_models_are_methods_and_seeds(model: str, run: Run) -> None:
 
 
 def test_teacher_stands_first_and_controls_last() -> None:
-    models = [("shuffled", 0), ("rcm-0", 4), ("oracle", 0), ("rcm-0", 1), ("scm-0", 2), ("teacher", 20), ("dmd-0", 1)]
+    models = [("shuffled", 0), ("dmd2-0", 4), ("rcm-0", 4), ("oracle", 0), ("rcm-0", 1), ("scm-0", 2)]
+    models += [("teacher", 20), ("dmd-0", 1)]
     found = [(s["model"], s["steps"]) for _, s in in_order({"model": m, "steps": k} for m, k in models)]
     assert found == [
-        *[("teacher", 20), ("scm-0", 2), ("dmd-0", 1), ("rcm-0", 1), ("rcm-0", 4), ("oracle", 0), ("shuffled", 0)]
+        *[("teacher", 20), ("scm-0", 2), ("dmd-0", 1), ("dmd2-0", 4), ("rcm-0", 1), ("rcm-0", 4)],
+        *[("oracle", 0), ("shuffled", 0)],
     ]
 
 

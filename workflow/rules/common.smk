@@ -1,5 +1,6 @@
 # The configuration, checked, and what a rule asks of it.
 import json
+import math
 import os
 import shlex
 import sys
@@ -75,6 +76,14 @@ def check_trees():
                 f"configuration key 'steps' is {config['steps']}; allowed: up to {times} steps for {media}, "
                 "one more than sampler.mid_times has entries"
             )
+        layout = composed["parallel"]
+        sizes = [layout[name] for name in ("replicate", "shard", "context")]
+        fixed = math.prod(size or 1 for size in sizes)
+        if config["nproc"] % fixed or (None not in sizes and config["nproc"] != fixed):
+            raise UserError(
+                f"configuration key 'nproc' is {config['nproc']}; allowed for {media}: replicate x shard x context of "
+                f"the section parallel, {' x '.join('whatever remains' if size is None else str(size) for size in sizes)}"
+            )
 
 
 config.update(plain(config))
@@ -109,17 +118,26 @@ READS = {
     "convert": ("network",),
     "synthesize": ("frames", "network", "codec", "text", "teacher", "suites.train", "evaluation.batch"),
     # previews, which read more, are not worth another training
-    "distill": ("media", "frames", "network", "codec", "text", "seed", "objective", "distillation"),
+    "distill": ("media", "frames", "network", "codec", "text", "seed", "objective", "distillation", "parallel"),
     "export": ("media", "frames", "network", "codec", "text", "seed", "objective", "sampler"),
     "sample student": ("frames", "codec", "suites.{suite}", "evaluation.batch"),
     "sample teacher": ("frames", "network", "codec", "text", "teacher", "suites.{suite}", "evaluation.batch"),
     "sample control": ("frames", "codec", "suites.{suite}", "evaluation.batch"),
     "evaluate": ("media", "evaluation.bootstrap"),
+    "precision": ("frames", "network", "codec", "text", "teacher", "suites.{suite}.seed", "evaluation.precision"),
     "table": ("evaluation.oracle_at_least", "evaluation.floor_at_most"),
     "report": ("",),
 }
 # ... except for these, which change no weights
-FREE = {"distill": {"distillation": ("state_every", "preview_every", "wandb")}}
+FREE = {
+    "distill": {
+        "distillation": ("state_every", "preview_every", "wandb"),
+        "parallel": (
+            *("replicate", "shard", "context", "recompute", "tangent_pass", "micro_batch"),
+            *("offload_teacher", "compile", "workers", "timeout"),
+        ),
+    }
+}
 
 
 def numbers(stage, **fixed):
@@ -144,6 +162,14 @@ def overrides(stage, **fixed):
     return lambda wildcards, threads: shlex.join([*chosen({**wildcards, **fixed}), *config["overrides"]])
 
 
+def launcher(wildcards, threads):
+    """For params: how a distillation starts, on each of its threads a process with one thread; as `overrides`, free."""
+    if threads == 1:
+        return "python -m rcm"
+    environment = "OMP_NUM_THREADS=1 MKL_NUM_THREADS=1"
+    return f"{environment} python -m rcm.launch --standalone --nproc-per-node {threads} -m rcm"
+
+
 def students(media):
     """The students of a medium, METHOD-SEED."""
     methods = config["methods"] if media == "images" or config["clips"] == "all" else [config["clips"]]
@@ -166,3 +192,9 @@ def samples(media):
     """Folders of samples of the models, suite `report`."""
     pattern = gather.report("<data>/{media}/samples/{model}/report/{scatteritem}", allow_missing=True)
     return expand(pattern, media=media, model=models(media))
+
+
+def precisions():
+    """Files of rounding errors: of the teacher, and of rCM's first student where there is one."""
+    names = ["teacher", *(name for name in students("images") if name.startswith("rcm-"))][:2]
+    return [f"<results>/images/precision/{name}.json" for name in names]

@@ -78,6 +78,36 @@ rule sample_control:
         "--prompts {input.prompts} --steps 0 --part {wildcards.scatteritem} --out {output} > {log} 2>&1"
 
 
+rule precision:
+    input:
+        teacher=rules.convert.output,
+        checkpoint=branch(
+            lambda wildcards: wildcards.model == "teacher",
+            then=rules.convert.output,
+            otherwise="<data>/{media}/{model}/student.safetensors",
+        ),
+        prompts="<data>/{media}/prompts/dev.jsonl",
+    output:
+        "<results>/{media}/precision/{model}.json",
+    log:
+        "<logs>/{media}/precision/{model}.log",
+    benchmark:
+        "<logs>/benchmarks/precision/{media}-{model}.tsv"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=30,
+    params:
+        cfg=numbers("precision", suite="dev"),
+        code=lambda _: code_digest("precision"),
+        overrides=overrides("precision", suite="dev"),
+    message:
+        "Measure rounding in the network of {wildcards.model}, {wildcards.media}"
+    shell:
+        "python -m rcm precision {params.overrides} --checkpoint {input.checkpoint} --teacher {input.teacher} "
+        "--prompts {input.prompts} --out {output} > {log} 2>&1"
+
+
 rule evaluate:
     input:
         samples=gather.report("<data>/{media}/samples/{model}/report/{scatteritem}", allow_missing=True),

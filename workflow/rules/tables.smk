@@ -141,6 +141,27 @@ rule figure_training:
         "python -m rcm figure --name figure_training --inputs {input} --out {output} > {log} 2>&1"
 
 
+rule figure_precision:
+    input:
+        lambda _: precisions(),
+    output:
+        "<results>/figures/figure_precision.png",
+    log:
+        "<logs>/figure_precision.log",
+    benchmark:
+        "<logs>/benchmarks/figure/figure_precision.tsv"
+    threads: 1
+    resources:
+        mem_mb=500,
+        runtime=10,
+    params:
+        code=lambda _: code_digest("figure"),
+    message:
+        "Draw the rounding errors of the network and of its tangent"
+    shell:
+        "python -m rcm figure --name figure_precision --inputs {input} --out {output} > {log} 2>&1"
+
+
 rule report:
     input:
         scores=lambda _: [  # of the media whose tables are built

@@ -14,19 +14,20 @@ rule distill:
     benchmark:
         "<logs>/benchmarks/distill/{media}-{method}-{seed}.tsv"
     priority: 50
-    threads: 1
+    threads: config["nproc"]
     resources:
-        mem_mb=1500,
+        mem_mb=lambda wildcards, threads: 1500 * threads,
         runtime=120,
     params:
         cfg=numbers("distill"),
         code=lambda _: code_digest("distill"),
         overrides=overrides("distill"),
+        launcher=launcher,
         resume=f"resume/{SCALE}/{{media}}/{{method}}-{{seed}}",
     message:
         "Distil {wildcards.media} by {wildcards.method}, seed {wildcards.seed}; to watch: tail -f {log}"
     shell:
-        "python -m rcm distill {params.overrides} --teacher {input.teacher} --data {input.shards} --codec {input.codec} "
+        "{params.launcher} distill {params.overrides} --teacher {input.teacher} --data {input.shards} --codec {input.codec} "
         "--resume {params.resume} --out {output.dcp} --metrics {output.metrics} --previews {output.previews} "
         "> {log} 2>&1"
 

@@ -120,14 +120,14 @@ STAGES: dict[str, Stage] = {
         "rcm distill objective=rcm seed=0 --teacher data/tiny/images/teacher --data data/tiny/images/shards/*.tar "
         "--codec data/tiny/checkpoints/codec.pth --resume resume/rcm-0 --out student/dcp "
         "--metrics student/metrics.jsonl --previews student/previews",
-        overrides=f"{EXPERIMENT}  objective=scm|dmd|rcm  seed=N",
+        overrides=f"{EXPERIMENT}  objective=scm|dcm|meanflow|dmd|dmd2|rcm  seed=N",
     ),
     "export": Stage(
         "rcm.cli.train:export",
         "Export a student's averaged weights with its sampler's settings, as .safetensors and as .pth beside it.",
         (Option("--student", "the student, a DCP folder"), Option("--out", "the export, FILE.safetensors")),
         "rcm export objective=rcm --student student/dcp --out student/student.safetensors",
-        overrides=f"{EXPERIMENT}  objective=scm|dmd|rcm  seed=N",
+        overrides=f"{EXPERIMENT}  objective=scm|dcm|meanflow|dmd|dmd2|rcm  seed=N",
     ),
     "sample": Stage(
         "rcm.cli.sample:sample",
@@ -165,6 +165,19 @@ STAGES: dict[str, Stage] = {
         "--out scores/rcm-0-4.json --results scores/rcm-0-4.results.jsonl",
         overrides=EXPERIMENT,
     ),
+    "precision": Stage(
+        "rcm.cli.precision:precision",
+        "Measure how much bfloat16 rounds in a network and in its tangent, against float64 (figure 11 of the paper).",
+        (
+            Option("--checkpoint", "a student (FILE.safetensors) or the teacher (DCP folder)"),
+            Option("--teacher", "the teacher, a DCP folder, whose samples and directions are used"),
+            Option("--prompts", "the prompts, FILE.jsonl"),
+            Option("--out", "the errors at each time, MODEL.json such as rcm-0.json"),
+        ),
+        "rcm precision suite=dev --checkpoint student/student.safetensors --teacher data/tiny/images/teacher "
+        "--prompts data/tiny/images/prompts/dev.jsonl --out results/tiny/images/precision/rcm-0.json",
+        overrides=f"{EXPERIMENT}  evaluation.precision.times=N  evaluation.precision.samples=N",
+    ),
     "table": Stage(
         "rcm.cli.score:table",
         "Make a table from scores as CSV, Markdown and LaTeX; refuses when the controls fail.",
@@ -188,9 +201,16 @@ STAGES: dict[str, Stage] = {
                 "--name",
                 "which figure",
                 str,
-                choices=("figure_samples", "figure_clips", "figure_quality_diversity", "figure_training"),
+                choices=(
+                    *("figure_samples", "figure_clips", "figure_quality_diversity", "figure_training"),
+                    "figure_precision",
+                ),
             ),
-            Option("--inputs", "sample folders, score files or metrics files, as the figure needs", repeat=True),
+            Option(
+                "--inputs",
+                "sample folders, or files of scores, metrics or rounding errors, as the figure needs",
+                repeat=True,
+            ),
             Option("--out", "the figure, FILE.png"),
         ),
         "rcm figure --name figure_training --inputs data/tiny/images/rcm-0/metrics.jsonl --out figure_training.png",

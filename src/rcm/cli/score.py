@@ -56,7 +56,7 @@ def figure(arguments: Namespace) -> None:
 
     with recording(arguments.out, stage="figure", inputs=arguments.inputs, config={"name": arguments.name}):
         inputs = arguments.inputs
-        if arguments.name == "figure_quality_diversity":
+        if arguments.name in ("figure_quality_diversity", "figure_precision"):
             inputs = [read_json(path) for path in inputs]
         drawn = getattr(figures, arguments.name)(inputs)
         with atomic_file(arguments.out) as path:

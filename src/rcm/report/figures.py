@@ -27,10 +27,13 @@ INK, FAINT = "#24292f", "#8c959f"
 COLORS = {  # Okabe and Ito's palette, told apart by readers with colour-blindness too; markers differ as well
     "teacher": "#24292f",
     "scm": "#0072b2",
+    "dcm": "#56b4e9",
+    "meanflow": "#b8860b",
     "dmd": "#d55e00",
+    "dmd2": "#cc79a7",
     "rcm": "#009e73",
 }
-MARKERS = {"teacher": "*", "scm": "s", "dmd": "^", "rcm": "o"}
+MARKERS = {"teacher": "*", "scm": "s", "dcm": "P", "meanflow": "X", "dmd": "^", "dmd2": "v", "rcm": "o"}
 _STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 8,
@@ -160,7 +163,7 @@ def _named(runs: Sequence[Samples]) -> list[str]:
 
 
 def figure_samples(samples: Sequence[Path], *, prompts: int = 8) -> bytes:
-    """Same seeds for all: a row a prompt; columns teacher, then sCM, DMD and rCM at 1, 2 and 4 steps.
+    """Same seeds for all: a row a prompt; columns teacher, then the students at 1, 2 and 4 steps.
 
     `samples` are folders in GenEval's layout as the sample stage writes them, `.../{model}-{steps}/{suite}/{part}`, in
     any order and number of parts; model and steps are read from the path.
@@ -320,14 +323,20 @@ def _bars(value: float, low: float, high: float) -> np.ndarray | None:
     return None if low != low else np.array([[max(0.0, value - low)], [max(0.0, high - value)]])
 
 
-_CURVES = (  # role, key, heading, whether the scale is logarithmic
+_CURVES = (  # role, key, heading, whether the scale is logarithmic; what no run has is left out
     ("student", "scm_loss", "sCM loss", False),
-    ("student", "scm_tangent_norm", "Tangent norm", True),
+    ("student", "scm_tangent_norm", "Tangent norm, sCM", True),
+    ("student", "dcm_loss", "dCM loss", True),
+    ("student", "meanflow_loss", "MeanFlow loss", False),
+    ("student", "meanflow_tangent_norm", "Tangent norm, MeanFlow", True),
     ("student", "gradient_norm", "Gradient norm, student", True),
     ("student", "dmd_loss", "DMD loss", True),
+    ("student", "gan_loss", "GAN loss, student", False),
     ("critic", "critic_loss", "Critic loss", True),
+    ("critic", "critic_gan_loss", "GAN loss, critic", False),
     ("critic", "gradient_norm", "Gradient norm, critic", True),
 )
+_COLUMNS = 3  # of panels in the figure of training
 
 
 def figure_training(metrics: Sequence[Path]) -> bytes:
@@ -341,8 +350,17 @@ def figure_training(metrics: Sequence[Path]) -> bytes:
         runs.append((run_of(path.absolute().parent.name, 0), rows))
     runs.sort(key=lambda pair: pair[0].order)
     with _style():
-        figure = Figure(figsize=(9.6, 4.6), layout="constrained")
-        for ax, (role, key, heading, logarithmic) in zip(figure.subplots(2, 3).flat, _CURVES, strict=True):
+        panels = [
+            (curve, found)
+            for curve in _CURVES
+            if (found := [(run.method, points) for run, rows in runs if len(points := _points(rows, *curve[:2]))])
+        ]
+        if not panels:
+            raise UserError("the metrics hold no losses to draw")
+        lines = -(-len(panels) // _COLUMNS)
+        figure = Figure(figsize=(9.6, 0.4 + 2.1 * lines), layout="constrained")
+        axes = figure.subplots(lines, _COLUMNS, squeeze=False).flat
+        for ax, ((role, _, heading, logarithmic), found) in zip(axes, panels, strict=False):
             ax.set_title(heading)
             ax.set_xlabel(f"{role.capitalize()} update")
             if logarithmic:
@@ -350,16 +368,21 @@ def figure_training(metrics: Sequence[Path]) -> bytes:
                 ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
                 ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
                 ax.yaxis.set_minor_formatter(NullFormatter())
-            for run, rows in runs:
-                found = [(r["update"], r[key]) for r in rows if r.get("role") == role and r.get(key) is not None]
-                if found:
-                    _curve(ax, np.array(found, dtype=float), COLORS.get(run.method, INK))
+            for method, points in found:
+                _curve(ax, points, COLORS.get(method, INK))
+        for ax in axes[len(panels) :]:
+            ax.set_axis_off()
         methods = {run.method: run for run, _ in runs}
         handles = [
             Line2D([], [], color=COLORS.get(m, INK), linewidth=1.4, label=run.label) for m, run in methods.items()
         ]
         figure.legend(handles=handles, loc="outside upper center", ncols=max(1, len(handles)))
         return _png(figure)
+
+
+def _points(rows: Iterable[Mapping[str, Any]], role: str, key: str) -> np.ndarray:
+    """(N, 2): update and value, where a row of a role has one."""
+    return np.array([(r["update"], r[key]) for r in rows if r.get("role") == role and r.get(key) is not None], float)
 
 
 def _curve(ax: Axes, points: np.ndarray, color: str) -> None:
@@ -369,3 +392,35 @@ def _curve(ax: Axes, points: np.ndarray, color: str) -> None:
     windows = np.lib.stride_tricks.sliding_window_view(np.pad(y, half, mode="symmetric"), 2 * half + 1)
     ax.plot(x, y, color=color, linewidth=0.4, alpha=0.25)
     ax.plot(x, np.median(windows, axis=1), color=color, linewidth=1.3)
+
+
+_PRECISIONS = {  # colour and legend of each precision, the most rounded first
+    "bfloat16": ("#d55e00", "bfloat16, time included"),
+    "bfloat16, time in float32": ("#0072b2", "bfloat16, time and its embedding float32"),
+    "float32": (FAINT, "float32"),
+}
+
+
+def figure_precision(errors: Sequence[Mapping[str, Any]]) -> bytes:
+    """Rounding errors of F and of the tangent against the time, a row a network; `errors` are those of `precision`."""
+    networks = sorted(errors, key=lambda found: run_of(str(found["model"]), 0).order)
+    with _style():
+        figure = Figure(figsize=(7.6, 0.6 + 2.4 * len(networks)), layout="constrained")
+        axes = figure.subplots(len(networks), 2, sharex=True, sharey="row", squeeze=False)
+        for row, found in zip(axes, networks, strict=True):
+            name = run_of(str(found["model"]), 0).label
+            row[0].set_ylabel("Relative error")
+            for ax, key, heading in zip(
+                row, ("output", "tangent"), ("output F", "tangent cos t sin t dF/dt"), strict=True
+            ):
+                ax.set_title(f"{name}, {heading}")
+                ax.set_yscale("log")
+                for precision, (color, _) in _PRECISIONS.items():
+                    bounds = found["errors"][precision][key]
+                    ax.fill_between(found["times"], bounds["low"], bounds["high"], color=color, alpha=0.2, linewidth=0)
+                    ax.plot(found["times"], bounds["median"], color=color, linewidth=1.1)
+        for ax in axes[-1]:
+            ax.set_xlabel("Trig time t")
+        handles = [Line2D([], [], color=color, linewidth=1.4, label=name) for color, name in _PRECISIONS.values()]
+        figure.legend(handles=handles, loc="outside upper center", ncols=len(handles))
+        return _png(figure)

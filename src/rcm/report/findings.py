@@ -10,7 +10,7 @@ what is missing.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from rcm.report.scores import Estimate, Score, compare, difference, in_order, keys_of, label, ratio
+from rcm.report.scores import METHODS, Estimate, Score, compare, difference, in_order, keys_of, label, ratio
 
 SHOWN, NOT_SHOWN, CONTRADICTED = "shown", "not shown", "contradicted"
 OVERALL = "shapeeval.overall"
@@ -47,8 +47,8 @@ def findings(scores: Sequence[Score]) -> list[Finding]:
     for media in sorted({str(score["media"]) for score in scores}, reverse=True):
         own = _Scores(media, [score for score in scores if score["media"] == media])
         found += [_reaches_teacher(own, 4, 0.9), _reaches_teacher(own, 2, 0.8), _one_two_four(own)]
-        if own.of("dmd"):
-            found += [_not_below_dmd(own), _more_diverse(own)]
+        for baseline in filter(own.of, ("dmd2", "dmd")):  # DMD2 is the paper's, DMD the part that rCM takes of it
+            found += [_not_below(own, baseline), _more_diverse(own, baseline)]
         if own.of("scm"):
             found.append(_scm_lacks_detail(own))
     return found
@@ -102,23 +102,24 @@ def _reaches_teacher(own: _Scores, steps: int, share: float) -> Finding:
     return Finding(own.media, claim, verdict, f"It reaches {found} of the teacher: {tail}. {_seeds(student)}")
 
 
-def _not_below_dmd(own: _Scores) -> Finding:
-    claim = "With four steps, rCM is about as good as DMD or better."
-    rcm, dmd = own.of("rcm", 4), own.of("dmd", 4)
-    found = compare(difference, OVERALL, rcm, dmd)
+def _not_below(own: _Scores, baseline: str) -> Finding:
+    name = METHODS[baseline]
+    claim = f"With four steps, rCM is about as good as {name} or better."
+    rcm, other = own.of("rcm", 4), own.of(baseline, 4)
+    found = compare(difference, OVERALL, rcm, other)
     if found is None:
-        return _missing(own, claim, "rCM and DMD with four steps")
+        return _missing(own, claim, f"rCM and {name} with four steps")
     verdict = _judge(found.low >= -MARGIN and found.high >= 0, found.high >= 0)
     tail = {
-        SHOWN: f"a deficit of more than {MARGIN:g} is excluded, and rCM is not below DMD beyond the interval",
-        NOT_SHOWN: f"rCM is not below DMD beyond the interval, but a deficit of {MARGIN:g} is not excluded either",
-        CONTRADICTED: "rCM is below DMD beyond the interval",
+        SHOWN: f"a deficit of more than {MARGIN:g} is excluded, and rCM is not below {name} beyond the interval",
+        NOT_SHOWN: f"rCM is not below {name} beyond the interval, but a deficit of {MARGIN:g} is not excluded either",
+        CONTRADICTED: f"rCM is below {name} beyond the interval",
     }[verdict]
     return Finding(
         own.media,
         claim,
         verdict,
-        f"The difference rCM − DMD in ShapeEval overall is {_signed(found)}: {tail}. {_seeds(rcm, dmd)}",
+        f"The difference rCM − {name} in ShapeEval overall is {_signed(found)}: {tail}. {_seeds(rcm, other)}",
     )
 
 
@@ -128,13 +129,14 @@ def _differences(own: _Scores, a: str, b: str, keys: Iterable[str]) -> dict[str,
     return {key: (e, _judge(e.low > 0, e.high >= 0)) for key, e in found.items() if e is not None}
 
 
-def _more_diverse(own: _Scores) -> Finding:
-    claim = "With four steps, rCM is more diverse than DMD."
-    rows = _differences(own, "rcm", "dmd", keys_of(own.scores, "diversity"))
+def _more_diverse(own: _Scores, baseline: str) -> Finding:
+    name = METHODS[baseline]
+    claim = f"With four steps, rCM is more diverse than {name}."
+    rows = _differences(own, "rcm", baseline, keys_of(own.scores, "diversity"))
     if DIVERSITY not in rows:
-        return _missing(own, claim, "the diversity of rCM and DMD with four steps")
+        return _missing(own, claim, f"the diversity of rCM and {name} with four steps")
     main, verdict = rows.pop(DIVERSITY)
-    sentence = f"The difference rCM − DMD in the Vendi score over seeds of one prompt is {_signed(main)}."
+    sentence = f"The difference rCM − {name} in the Vendi score over seeds of one prompt is {_signed(main)}."
     if rows:
         sentence += f" By hidden factor: {_listed(rows)}."
     return Finding(own.media, claim, verdict, sentence)

@@ -28,13 +28,23 @@ CAPTIONS = {
     "the right is better; the dotted line is the diversity of ground-truth renders.",
     "figure_training": "Training of the students: every update faintly, the running median in full. The sCM loss "
     "is near 1 by construction; its information is in the gradient and in the norm of the tangent.",
+    "figure_precision": "Rounding in the network: its distance to float64 in the velocity F and in the tangent "
+    "cos t sin t dF/dt along the guided teacher, relative to the norm of the float64 value. Lines are medians, "
+    "bands quartiles over samples of different prompts. In bfloat16 the time is rounded with all else, or it and its "
+    "embedding stay in float32; all outside the network is float64. At the middles of equal parts of 0 to π/2.",
     "figure_clips": "Clips as film strips, one sample a model and number of steps from the same initial noise.",
 }
 MEDIA = {"table1": "images", "table2": "clips"}
-PER_MODEL = {"distill": "model", "export": "model", "sample": "steps", "evaluate": "steps"}  # stages with jobs for each
+PER_MODEL = {  # stages with jobs for each
+    "distill": "model",
+    "export": "model",
+    "sample": "steps",
+    "evaluate": "steps",
+    "precision": "model",
+}
 STAGES = (
     *("prompts", "download", "pretrain", "convert", "synthesize", "distill", "export", "sample", "evaluate"),
-    *("table", "figure", "report"),
+    *("precision", "table", "figure", "report"),
 )
 
 
@@ -99,12 +109,12 @@ def _files(folders: Iterable[Path], pattern: str) -> list[Path]:
 def _belongs(stage: str, path: str | Path, scores: Iterable[Score]) -> bool:
     """Whether an artefact or a benchmark is of a model that the page is about, or of none.
 
-    Artefacts are `{media}/{student}/...`, `{media}/samples/{model}-{steps}/...` and `{media}/scores/{model}-{steps}.*`;
-    benchmarks the same with dashes, where controls have no steps.
+    Artefacts are `{media}/{student}/...`, `{media}/samples/{model}-{steps}/...`, `{media}/scores/{model}-{steps}.*` and
+    `{media}/precision/{model}.json`; benchmarks the same with dashes, where controls have no steps.
     """
     if stage not in PER_MODEL:
         return True
-    place = re.sub(r"/(samples/|scores/)?", "-", str(path))
+    place = re.sub(r"/(samples/|scores/|precision/)?", "-", str(path))
     names = {f"{s['media']}-{s['model']}" for s in scores if PER_MODEL[stage] == "model" or s["model"] in CONTROLS}
     names |= {f"{s['media']}-{s['model']}-{s['steps']}" for s in scores if PER_MODEL[stage] == "steps"}
     return any(re.search(rf"(^|-){re.escape(name)}([-.]|$)", place) for name in names)
@@ -194,7 +204,7 @@ def _picture(path: Path) -> dict[str, Any]:
         "width": width // 2,
         "height": height // 2,
         "caption": CAPTIONS.get(path.stem, ""),
-        "plot": path.stem in ("figure_quality_diversity", "figure_training"),
+        "plot": path.stem in ("figure_quality_diversity", "figure_training", "figure_precision"),
     }
 
 

@@ -11,7 +11,15 @@ from rcm.evaluation.scores import strata_of
 
 Score = Mapping[str, Any]
 
-METHODS = {"teacher": "Teacher", "scm": "sCM", "dmd": "DMD", "rcm": "rCM"}
+METHODS = {
+    "teacher": "Teacher",
+    "scm": "sCM",
+    "dcm": "dCM",
+    "meanflow": "MeanFlow",
+    "dmd": "DMD",
+    "dmd2": "DMD2",
+    "rcm": "rCM",
+}
 CONTROLS = {"oracle": "Ground truth", "codec": "Ground truth, codec", "shuffled": "Another prompt"}
 LABELS = {
     "single_object": "Single",
@@ -41,7 +49,7 @@ class Run:
 
     @property
     def order(self) -> tuple[int, str, int, int]:
-        """Position in tables: teacher, sCM, DMD, rCM, then controls; seeds and steps ascending."""
+        """Position in tables: teacher, students as in METHODS, then controls; seeds and steps ascending."""
         known = [*METHODS, *CONTROLS]
         place = known.index(self.method) if self.method in known else len(known)
         return place, self.method, -1 if self.seed is None else self.seed, self.steps

@@ -1,0 +1,43 @@
+"""The stage `precision`: how much bfloat16 rounds in a network and in its tangent."""
+
+from argparse import Namespace
+
+from rcm.artefact import UserError, recording, write_json
+from rcm.cli.config import compose
+from rcm.cli.models import latent_shape, noise_of, student, teacher
+from rcm.cli.progress import Progress
+from rcm.data.prompts import read_prompts
+from rcm.evaluation.precision import middles, rounding_errors
+
+
+def precision(arguments: Namespace) -> None:
+    """Measure the rounding errors of a student or of the teacher, on samples of the teacher that noise is added to."""
+    config = compose(arguments.overrides)
+    settings, seed = config["evaluation"]["precision"], config["suites"][config["suite"]]["seed"]
+    numbers = {key: config[key] for key in ("frames", "network", "codec", "text", "teacher")} | {"precision": settings}
+    inputs = [arguments.checkpoint, arguments.teacher, arguments.prompts]
+    with recording(arguments.out, stage="precision", inputs=inputs, config=numbers, seed=seed):
+        guide = teacher(config, arguments.teacher)
+        of_teacher = arguments.checkpoint.is_dir()
+        measured = teacher(config, arguments.checkpoint) if of_teacher else student(arguments.checkpoint)
+        shape, made = latent_shape(config), latent_shape(measured.settings)
+        if made != shape:
+            raise UserError(f"{arguments.checkpoint} makes latents of shape {made}, but the experiment {shape}")
+        captions = [caption["prompt"] for caption in read_prompts(arguments.prompts)]
+        apart = max(1, len(captions) // settings["samples"])  # so that every task has its share
+        jobs = [(prompt, 0) for prompt in range(0, len(captions), apart)][: settings["samples"]]
+        text = guide.encoder.encode([captions[prompt] for prompt, _ in jobs])
+        times = middles(settings["times"])
+        with Progress("precision", len(times), "times") as progress:
+            errors = rounding_errors(
+                measured.network,
+                guide.network,
+                guide.sample(text, jobs, seed=seed),
+                noise_of(jobs, shape, seed=seed, step=1),
+                text,
+                guide.encoder.encode([""]),
+                guidance=config["teacher"]["guidance"],
+                times=times,
+                advance=progress.advance,
+            )
+        write_json(arguments.out, {"model": arguments.out.stem, "samples": len(jobs), "times": times, "errors": errors})
