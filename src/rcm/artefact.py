@@ -50,7 +50,8 @@ def reason(error: BaseException) -> str:
 # --- Writing -------------------------------------------------------------------------------------------------------
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have what was written to a file or folder on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -99,9 +100,9 @@ def atomic_file(path: Path | str) -> Iterator[Path]:
     with _staging(final) as folder:
         temporary = folder / final.name
         yield temporary
-        _sync(temporary)
+        sync(temporary)
         temporary.replace(final)
-        _sync(final.parent)
+        sync(final.parent)
 
 
 @contextmanager
@@ -120,12 +121,12 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
         yield temporary
         for root, _, names in os.walk(temporary):
             for name in names:
-                _sync(Path(root, name))
-            _sync(Path(root))
+                sync(Path(root, name))
+            sync(Path(root))
         if final.exists():
             final.replace(folder / "replaced")
         temporary.replace(final)
-        _sync(final.parent)
+        sync(final.parent)
 
 
 def write_text(path: Path | str, text: str) -> None:

@@ -176,7 +176,7 @@ def test_interrupted_write_leaves_the_old(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rcm.artefact._sync", interrupt)  # everything is written, nothing renamed
+    monkeypatch.setattr("rcm.artefact.sync", interrupt)  # everything is written, nothing renamed
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path, {"other": torch.ones(2)})
     assert same(read(path), make_state())

@@ -1,6 +1,6 @@
 """Checkpoints: fetched and verified, read and written as .pth, DCP folder or safetensors export."""
 
-from rcm.checkpoints.dcp import load_dcp, save_dcp
+from rcm.checkpoints.dcp import load_dcp, load_sharded, save_dcp
 from rcm.checkpoints.download import download
 from rcm.checkpoints.export import export_safetensors, read_export
 from rcm.checkpoints.flat import State, load_into, state_sha256
@@ -13,6 +13,7 @@ __all__ = [
     "load_dcp",
     "load_into",
     "load_pth",
+    "load_sharded",
     "read_export",
     "save_dcp",
     "save_pth",

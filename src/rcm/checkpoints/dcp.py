@@ -1,25 +1,66 @@
-"""DCP folders (`torch.distributed.checkpoint`): the format in which checkpoints are sharded, of one process here.
+"""DCP folders (`torch.distributed.checkpoint`): the format in which checkpoints are sharded, by one process or many.
 
 Beside DCP's own files a folder holds `manifest.json`: the hash of its tensors, which is its identity, and the hash of
 each file, by which damage is found. DCP's `.metadata` is a pickle; it is read through an unpickler that knows DCP's own
 classes and nothing else.
+
+Whatever the number of ranks that wrote a folder, any other number reads it, each rank only the chunks that it needs.
 """
 
 import pickle
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from rcm.artefact import MANIFEST, UserError, atomic_folder, read_json, reason, sha256_file, write_json
-from rcm.checkpoints.flat import State, checked, packed, state_sha256
+from rcm.checkpoints.flat import State, check_fit, checked, packed, some, state_sha256
+
+Result = TypeVar("Result")
+
+
+class Ranks(Protocol):
+    """What is asked of a mesh of ranks here; `rcm.parallel.Mesh` has it."""
+
+    rank: int
+    world: int
+    group: Any  # ProcessGroup of all ranks; None: alone
+
+
+def everywhere(action: Callable[[], Result], mesh: Ranks | None) -> list[Result]:
+    """What `action` returns on each rank, in their order; where it fails on one rank, it fails on all."""
+    if mesh is None or mesh.group is None:
+        return [action()]
+    outcome: tuple[str | Exception | None, Any]
+    try:
+        outcome = None, action()
+    except UserError as error:
+        outcome = error, None
+    except Exception as error:
+        outcome = f"rank {mesh.rank}: {type(error).__name__}: {error}", None
+    outcomes: list[Any] = [None] * mesh.world
+    dist.all_gather_object(outcomes, outcome, group=mesh.group)
+    for failure, _ in outcomes:
+        if failure is not None:
+            raise failure if isinstance(failure, UserError) else RuntimeError(failure)
+    return [result for _, result in outcomes]
+
+
+# --- DCP's own classes, restrained -----------------------------------------------------------------------------------
 
 _METADATA = ".metadata"
 _DCP = "torch.distributed.checkpoint"
@@ -54,55 +95,187 @@ class _Reader(FileSystemReader):
             metadata = _MetadataUnpickler(file).load()
         if not isinstance(metadata, Metadata):
             raise pickle.UnpicklingError(f"it holds a {type(metadata).__name__} instead of DCP's Metadata")
+        for name, entry in metadata.state_dict_metadata.items():
+            if not isinstance(entry, TensorStorageMetadata):
+                raise pickle.UnpicklingError(f"{name} is not a tensor")
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         return metadata
 
 
+@dataclass(frozen=True)
+class _Hashed(WriteResult):
+    sha256: str  # of the whole file that the item is part of
+
+
 class _Writer(FileSystemWriter):
+    """Every rank hashes what it wrote; rank 0 calls `complete(hashes by file name)` when all of it is on the disk."""
+
+    def __init__(self, folder: Path, complete: Callable[[dict[str, str]], None]):
+        super().__init__(folder, per_thread_copy_ahead=0)  # the tensors are in host memory already
+        self.complete = complete
+
     def storage_meta(self) -> None:
         """Nothing, for DCP would note the temporary folder and a random identifier."""
 
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        written: Future[list[WriteResult]] = Future()
+        results = super().write_data(plan, planner).value() if plan.items else []  # nothing to write: no empty file
+        hashes = {name: sha256_file(Path(self.path, name)) for name in {r.storage_data.relative_path for r in results}}
+        written.set_result(
+            [_Hashed(r.index, r.size_in_bytes, r.storage_data, hashes[r.storage_data.relative_path]) for r in results]
+        )
+        return written
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without DCP's warning that it runs in a single process, which is what is wanted here."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
-        yield
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        super().finish(metadata, results)
+        hashes = {r.storage_data.relative_path: r.sha256 for of_rank in results for r in of_rank}  # type: ignore[attr-defined]
+        self.complete(hashes | {_METADATA: sha256_file(Path(self.path, _METADATA))})
 
 
-def save_dcp(folder: Path | str, state: State) -> None:
-    """Write a flat state as a DCP folder, replacing an older one."""
-    state = packed(checked(state, "the state to save"))
-    with atomic_folder(folder) as temporary:
-        with _quiet():
-            save(dict(state), storage_writer=_Writer(temporary), no_dist=True)
-        files = {file.name: sha256_file(file) for file in sorted(temporary.iterdir())}
-        write_json(temporary / MANIFEST, {"content_sha256": state_sha256(state), "files": files})
+# --- Parts -----------------------------------------------------------------------------------------------------------
+
+
+def write_parts(
+    folder: Path, state: Mapping[str, Tensor], group: Any, complete: Callable[[dict[str, str]], None]
+) -> None:
+    """Write tensors and DTensors in host memory; collective over `group` (None: alone), whose use it must have alone.
+
+    Rank 0 calls `complete` with the SHA-256 of every file by name; what fails on a rank, that included, fails on all.
+    """
+    _single_process_is_meant()
+    try:
+        save(dict(state), storage_writer=_Writer(folder, complete), process_group=group, no_dist=group is None)
+    except CheckpointException as error:
+        raise _cause(error) from error
+
+
+def read_parts(folder: Path, state: Mapping[str, Tensor]) -> None:
+    """Fill tensors and DTensors in place, each rank for itself; a chunk is in memory as a whole while it is read."""
+    _single_process_is_meant()
+    try:
+        load(dict(state), storage_reader=_Reader(folder), no_dist=True)
+    except CheckpointException as error:
+        raise _cause(error) from error
+
+
+def described(folder: Path, files: Mapping[str, str]) -> State:
+    """Names, shapes and types of the tensors in a folder, as tensors without content.
+
+    `files` are those that were verified; a ValueError where the folder rests on others.
+    """
+    metadata = _Reader(folder).read_metadata()
+    needed = {_METADATA, *(item.relative_path for item in (metadata.storage_data or {}).values())}
+    if unknown := sorted(needed - files.keys()):
+        raise ValueError(f"{some(unknown)} not in {MANIFEST}")
+    return {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
+        for name, entry in metadata.state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+
+
+def damage(folder: Path, files: Mapping[str, str], mesh: Ranks | None = None) -> list[str]:
+    """What is wrong with this rank's share of the `files` (SHA-256 by name) of a folder, a sentence each."""
+    rank, world = (mesh.rank, mesh.world) if mesh is not None else (0, 1)
+    faults = []
+    for name in sorted(files)[rank::world]:
+        if not (folder / name).is_file():
+            faults.append(f"{folder / name} is missing")
+        elif sha256_file(folder / name) != files[name]:
+            faults.append(f"{folder / name} is damaged (its SHA-256 is not that of {MANIFEST})")
+    return faults
+
+
+def _cause(error: CheckpointException) -> BaseException:
+    """What failed on the first rank that failed, out of DCP's own exception, which is not even an Exception."""
+    return next(iter(error.failures.values()))[0]
+
+
+def _single_process_is_meant() -> None:
+    """Silence DCP's warning of that; a filter rather than a context, for the latter is not safe in a thread."""
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+
+
+# --- Checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def save_dcp(folder: Path | str, state: State, mesh: Ranks | None = None) -> None:
+    """Write a flat state as a DCP folder, replacing an older one.
+
+    With a `mesh` all ranks call it, each with its DTensors; each writes its part. Equal states get the same content
+    hash however they are sharded.
+    """
+    state = checked(state, "the state to save")
+    content = state_sha256(state)
+    group = None if mesh is None else mesh.group
+    with ExitStack() as stack:
+
+        def begin() -> Path | None:
+            return stack.enter_context(atomic_folder(folder)) if mesh is None or mesh.rank == 0 else None
+
+        temporary = everywhere(begin, mesh)[0]
+        assert temporary is not None
+
+        def complete(files: dict[str, str]) -> None:
+            write_json(temporary / MANIFEST, {"content_sha256": content, "files": dict(sorted(files.items()))})
+
+        write_parts(temporary, packed(state), group, complete)
+        everywhere(stack.close, mesh)  # rank 0 renames
 
 
 def load_dcp(folder: Path | str) -> State:
     """Read a DCP folder, on the CPU and with its data types; damage of any kind is a UserError."""
     folder = Path(folder)
     manifest = _verified_manifest(folder)
-    try:
-        reader = _Reader(folder)
-        state = {}
-        for name, entry in reader.read_metadata().state_dict_metadata.items():
-            if not isinstance(entry, TensorStorageMetadata):
-                raise pickle.UnpicklingError(f"{name} is not a tensor")
-            state[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
-        with _quiet():
-            load(state, storage_reader=reader, no_dist=True)
-    except Exception as error:  # a damaged file can fail in many ways
-        raise UserError(f"{folder} is not a readable DCP checkpoint ({reason(error)}); make it again") from error
+    state = {
+        name: torch.empty_like(value, device="cpu") for name, value in _described(folder, manifest["files"]).items()
+    }
+    _read(folder, state)
     if state_sha256(state) != manifest["content_sha256"]:
         raise UserError(f"{folder} does not hold the tensors that its {MANIFEST} names; make it again")
     return state
 
 
-def _verified_manifest(folder: Path) -> dict[str, Any]:
-    """Read the manifest and compare every file with it."""
+def load_sharded(network: nn.Module, folder: Path | str, mesh: Ranks) -> None:
+    """Fill the parameters and persistent buffers of a built network, sharded or not, from a DCP folder.
+
+    All ranks call it. Each reads its own chunks only and verifies its share of the files; no rank ever holds more than
+    one whole chunk beside its part. Data types become those of the network. Raises UserError on all ranks where the
+    folder is damaged or holds another network, which then is as it was; ValueError where the network is still on the
+    meta device.
+    """
+    folder, state = Path(folder), {name: value.detach() for name, value in network.state_dict().items()}
+    if any(value.is_meta for value in state.values()):
+        raise ValueError("the network is on the meta device; call to_empty first")
+
+    def verify() -> None:
+        manifest = _verified_manifest(folder, mesh)
+        check_fit(network, _described(folder, manifest["files"]), str(folder))
+
+    everywhere(verify, mesh)
+    everywhere(lambda: _read(folder, state), mesh)
+
+
+def _described(folder: Path, files: Mapping[str, str]) -> State:
+    try:
+        return described(folder, files)
+    except Exception as error:  # a damaged pickle can fail in many ways
+        raise _unreadable(folder, error) from error
+
+
+def _read(folder: Path, state: Mapping[str, Tensor]) -> None:
+    try:
+        read_parts(folder, state)
+    except Exception as error:  # a damaged file can fail in many ways
+        raise _unreadable(folder, error) from error
+
+
+def _unreadable(folder: Path, error: Exception) -> UserError:
+    return UserError(f"{folder} is not a readable DCP checkpoint ({reason(error)}); make it again")
+
+
+def _verified_manifest(folder: Path, mesh: Ranks | None = None) -> dict[str, Any]:
+    """Read the manifest and compare this rank's share of the files with it."""
     if not folder.is_dir():
         raise UserError(f"checkpoint folder {folder} does not exist; make it with `rcm convert` or `rcm distill`")
     if not (folder / MANIFEST).is_file():
@@ -111,11 +284,6 @@ def _verified_manifest(folder: Path) -> dict[str, Any]:
     files = manifest.get("files") if isinstance(manifest, dict) else None
     if not isinstance(files, dict) or not isinstance(manifest.get("content_sha256"), str):
         raise UserError(f"{folder / MANIFEST} is damaged; make the checkpoint again")
-    for name, digest in files.items():
-        if not (folder / name).is_file():
-            raise UserError(f"{folder / name} is missing; make the checkpoint again")
-        if sha256_file(folder / name) != digest:
-            raise UserError(
-                f"{folder / name} is damaged (its SHA-256 is not that of {MANIFEST}); make the checkpoint again"
-            )
+    if faults := damage(folder, files, mesh):
+        raise UserError(f"{faults[0]}; make the checkpoint again")
     return manifest

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from rcm.artefact import UserError
 
@@ -34,35 +35,49 @@ def packed(state: Mapping[str, Tensor]) -> State:
 
 
 def state_sha256(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, types, shapes and bits of all tensors: the identity of a checkpoint in any file format."""
+    """SHA-256 over names, types, shapes and bits of all tensors: the identity of a checkpoint in any file format.
+
+    Tensors sharded over ranks are gathered one at a time; all ranks call this, and get what one process would.
+    """
     digest = hashlib.sha256()
     for key in sorted(state):
-        value = state[key].detach().cpu().contiguous()
-        digest.update(json.dumps([key, str(value.dtype), list(value.shape)]).encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+        value = state[key].detach()
+        whole = (value.full_tensor() if isinstance(value, DTensor) else value).cpu().contiguous()
+        digest.update(json.dumps([key, str(whole.dtype), list(whole.shape)]).encode())
+        digest.update(whole.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
+    """The first names, and how many more there are."""
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return ", ".join(names[:_LISTED]) + more
 
 
-def load_into(module: nn.Module, state: Mapping[str, Tensor], where: str = "the checkpoint") -> None:
-    """Copy `state` into `module`; a missing, unexpected or misshapen tensor is a UserError that lists them."""
-    own = module.state_dict()
+def misfits(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
+    """Why `given` does not fit in the place of `own`: names that are missing or unexpected, shapes that differ."""
     faults = []
-    if missing := sorted(own.keys() - state.keys()):
-        faults.append(f"missing {_some(missing)}")
-    if unexpected := sorted(state.keys() - own.keys()):
-        faults.append(f"unexpected {_some(unexpected)}")
+    if missing := sorted(own.keys() - given.keys()):
+        faults.append(f"missing {some(missing)}")
+    if unexpected := sorted(given.keys() - own.keys()):
+        faults.append(f"unexpected {some(unexpected)}")
     misshapen = [
-        f"{key} is {tuple(state[key].shape)}, needs {tuple(own[key].shape)}"
-        for key in sorted(own.keys() & state.keys())
-        if own[key].shape != state[key].shape
+        f"{key} is {tuple(given[key].shape)}, needs {tuple(own[key].shape)}"
+        for key in sorted(own.keys() & given.keys())
+        if own[key].shape != given[key].shape
     ]
     if misshapen:
-        faults.append(f"shapes differ: {_some(misshapen)}")
-    if faults:
+        faults.append(f"shapes differ: {some(misshapen)}")
+    return faults
+
+
+def check_fit(module: nn.Module, given: Mapping[str, Tensor], where: str) -> None:
+    """Raise a UserError that lists every missing, unexpected or misshapen tensor of a state for `module`."""
+    if faults := misfits(module.state_dict(), given):
         raise UserError(f"{where} does not fit the {type(module).__name__} of this configuration: {'; '.join(faults)}")
+
+
+def load_into(module: nn.Module, state: Mapping[str, Tensor], where: str = "the checkpoint") -> None:
+    """Copy `state` into `module`; a missing, unexpected or misshapen tensor is a UserError that lists them."""
+    check_fit(module, state, where)
     module.load_state_dict(dict(state))
