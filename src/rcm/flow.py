@@ -74,13 +74,14 @@ class Wrapped:
 
     network: nn.Module
 
-    def velocity(self, x_BCTHW: Tensor, t_B: Tensor, text: Tensor) -> Tensor:
-        """F(x, t), float64."""
+    def velocity(self, x_BCTHW: Tensor, t_B: Tensor, text: Tensor, s_B: Tensor | None = None) -> Tensor:
+        """F(x, t), float64; F(x, t, s) of a network of two times, where s is given."""
         x, t = x_BCTHW.double(), per_sample(t_B, x_BCTHW)
         cos, sin = t.cos(), t.sin()
         b = 1 / (cos + sin)
         x_rf = b * x
-        return (cos - sin) * x_rf + b * self.rf_velocity(x_rf, (sin * b).view(-1), text)
+        second = None if s_B is None else trig_to_rf(s_B)
+        return (cos - sin) * x_rf + b * self.rf_velocity(x_rf, (sin * b).view(-1), text, second)
 
     def denoise(self, x_BCTHW: Tensor, t_B: Tensor, text: Tensor) -> Tensor:
         """f(x, t), float64."""
@@ -90,11 +91,12 @@ class Wrapped:
         x_rf, r = b * x, sin * b
         return x_rf - r * self.rf_velocity(x_rf, r.view(-1), text)
 
-    def rf_velocity(self, x_BCTHW: Tensor, r_B: Tensor, text: Tensor) -> Tensor:
-        """v(x, r) = E[ε - x0 | x_r = x], the network itself, float64."""
+    def rf_velocity(self, x_BCTHW: Tensor, r_B: Tensor, text: Tensor, second_B: Tensor | None = None) -> Tensor:
+        """v(x, r) = E[ε - x0 | x_r = x], the network itself, float64; `second_B`: for one that takes a second time."""
         dtype = next((p.dtype for p in self.network.parameters()), torch.float64)
-        time_B1 = r_B.double()[:, None] * cast(float, self.network.time_scale)
-        return self.network(x_BCTHW.to(dtype), time_B1, text.to(dtype)).double()
+        scale = cast(float, self.network.time_scale)
+        time_B1, *second_B1 = (r.double()[:, None] * scale for r in (r_B, second_B) if r is not None)
+        return self.network(x_BCTHW.to(dtype), time_B1, text.to(dtype), *second_B1).double()
 
 
 def guided(
@@ -104,11 +106,17 @@ def guided(
     text: Tensor,
     null_text: Tensor,
     guidance: float,
+    form: str = "unconditional",
 ) -> Tensor:
     """Classifier-free guidance v_u + s (v_c - v_u) in one batched call; v_c alone where the scale s is 1.
 
-    `velocity(x, time, text)` may be of either parameterisation; `null_text` is (B, L, D) or (1, L, D).
+    The form "conditional" is v_c + s (v_c - v_u), the same with s + 1 for s. `velocity(x, time, text)` may be of either
+    parameterisation; `null_text` is (B, L, D) or (1, L, D).
     """
+    if form not in ("unconditional", "conditional"):
+        raise ValueError(f"form of guidance is {form!r}, must be unconditional or conditional")
+    if form == "conditional":
+        guidance += 1
     if guidance == 1:
         return velocity(x_BCTHW, time_B, text)
     x, time = torch.cat([x_BCTHW, x_BCTHW]), torch.cat([time_B, time_B])
@@ -117,10 +125,16 @@ def guided(
 
 
 def guided_velocity(
-    teacher: Wrapped, x_BCTHW: Tensor, t_B: Tensor, text: Tensor, null_text: Tensor, guidance: float
+    teacher: Wrapped,
+    x_BCTHW: Tensor,
+    t_B: Tensor,
+    text: Tensor,
+    null_text: Tensor,
+    guidance: float,
+    form: str = "unconditional",
 ) -> Tensor:
-    """The guided TrigFlow velocity F_u + s (F_c - F_u) of a teacher."""
-    return guided(teacher.velocity, x_BCTHW, t_B, text, null_text, guidance)
+    """F*, the guided TrigFlow velocity of a teacher; see `guided`."""
+    return guided(teacher.velocity, x_BCTHW, t_B, text, null_text, guidance, form)
 
 
 class TimeDistribution(Protocol):

@@ -1,7 +1,7 @@
 """DMD: distribution matching of the student's own samples, and the critic (fake score) that it needs.
 
 Notation: C = cos t, S = sin t, f a denoiser, F a TrigFlow velocity. Shapes: N steps, B samples, C channels, T frames,
-H × W. There is no adversarial branch.
+H × W. The adversarial branch of DMD2 is in `rcm.objectives.adversarial`.
 """
 
 import math
@@ -32,68 +32,70 @@ def rollout_times(draws_NB: Tensor) -> Tensor:
 
 
 def roll_out(student: Wrapped, rollout: Rollout, text: Tensor, *, grad_last: bool) -> Tensor:
-    """The student's sample x0 (B, C, T, H, W), as the few-step sampler makes it at inference."""
+    """The student's sample x0 (B, C, T, H, W), as the few-step sampler makes it at inference; N passes.
+
+    With `grad_last` it carries the graph of its last step alone (of no other, whatever the mode outside).
+    """
     return consistency_sample(lambda x, t: student.denoise(x, t, text), *rollout, grad_last=grad_last)
 
 
 def dmd_loss(
-    student: Wrapped,
+    x0_BCTHW: Tensor,
     fake: Wrapped,
     teacher: Wrapped,
-    rollout: Rollout,
     noise_BCTHW: Tensor,
     t_B: Tensor,
     text: Tensor,
     null_text: Tensor,
     *,
+    batch: int,
     guidance: float,
+    guidance_form: str = "unconditional",
 ) -> Loss:
     """‖x0 - sg(x0 - d)‖² with d = (f_fake - f_teacher) / m, both denoisers at x_t = C x0 + S noise.
 
-    x0 is the student's sample, with the gradient of its last step alone; m = mean |x0 - f_teacher| of the sample, at
-    least 1e-5; the teacher is guided, the fake score is not. The gradient in x0 is 2 d. (arXiv 2510.08431, alg. 1.)
+    m = mean |x0 - f_teacher| of the sample, at least 1e-5; the teacher is guided, the fake score is not. The gradient
+    in x0 is 2 d. (arXiv 2510.08431, alg. 1.) Passes: a guided one of the teacher, one of the fake score; no gradients.
 
     Args:
-        rollout: times and noises of the student's sample.
+        x0_BCTHW: the student's sample with the gradient of its last step, from `roll_out`.
         noise_BCTHW: ε that diffuses the sample to t_B, TrigFlow times of the distribution p_D.
         text: condition (B, L, D); `null_text` (B or 1, L, D) is its unconditional counterpart.
-        guidance: scale of the teacher's classifier-free guidance.
+        batch: samples of the global batch, of which those at hand may be a part.
+        guidance: scale of the teacher's classifier-free guidance, in the form that `rcm.flow.guided` describes.
 
-    Returns the loss and `dmd_gap` (mean |f_fake - f_teacher|), `dmd_nan` (samples skipped).
+    Returns the loss and `dmd_gap_sum` (Σ mean |f_fake - f_teacher|), `dmd_nan` (samples skipped).
     """
-    x0 = roll_out(student, rollout, text, grad_last=True)
+    x0 = x0_BCTHW
     with torch.no_grad():
         t = per_sample(t_B, x0)
         x = t.cos() * x0 + t.sin() * noise_BCTHW
-        f_teacher = t.cos() * x - t.sin() * guided_velocity(teacher, x, t_B, text, null_text, guidance)
+        direction = guided_velocity(teacher, x, t_B, text, null_text, guidance, guidance_form)
+        f_teacher = t.cos() * x - t.sin() * direction
         gap = fake.denoise(x, t_B, text) - f_teacher
         scale = (x0 - f_teacher).abs().flatten(1).mean(dim=1).clamp(min=SMALLEST_SCALE)
         finite = finite_samples(x0, gap)
         target = x0 - gap / per_sample(scale, gap)
-    loss = squared_error(x0 - target, finite)
+    loss = squared_error(x0 - target, finite, batch)
     metrics = {
-        "dmd_gap": keep(finite, gap).abs().flatten(1).mean(dim=1).sum() / finite.sum().clamp(min=1),
+        "dmd_gap_sum": keep(finite, gap).abs().flatten(1).mean(dim=1).sum(),
         "dmd_nan": (~finite).sum(),
     }
     return loss, metrics
 
 
-def critic_loss(
-    fake: Wrapped, student: Wrapped, rollout: Rollout, noise_BCTHW: Tensor, t_B: Tensor, text: Tensor
-) -> Loss:
+def critic_loss(x0_BCTHW: Tensor, fake: Wrapped, noise_BCTHW: Tensor, t_B: Tensor, text: Tensor, *, batch: int) -> Loss:
     """‖F_fake - v‖² with v = C noise - S x0 at x_t = C x0 + S noise, x0 a sample of the student without gradient.
 
-    The same as ‖f_fake - x0‖² / S²: the fake score learns to denoise what the student makes. Arguments
-    as in `dmd_loss`. Returns the loss and `critic_nan` (samples skipped).
+    The same as ‖f_fake - x0‖² / S²: the fake score learns to denoise what the student makes. Arguments as in
+    `dmd_loss`. Returns the loss and `critic_nan` (samples skipped).
     """
-    x0 = roll_out(student, rollout, text, grad_last=False)
-    t = per_sample(t_B, x0)
-    x, v = t.cos() * x0 + t.sin() * noise_BCTHW, t.cos() * noise_BCTHW - t.sin() * x0
+    t = per_sample(t_B, x0_BCTHW)
+    x, v = t.cos() * x0_BCTHW + t.sin() * noise_BCTHW, t.cos() * noise_BCTHW - t.sin() * x0_BCTHW
     finite = finite_samples(x)
     velocity = fake.velocity(keep(finite, x), t_B, text)
     finite &= finite_samples(velocity.detach())
-    loss = squared_error(velocity - keep(finite, v), finite)
-    return loss, {"critic_nan": (~finite).sum()}
+    return squared_error(velocity - keep(finite, v), finite, batch), {"critic_nan": (~finite).sum()}
 
 
 def balance(weight: float, elements: int) -> float:

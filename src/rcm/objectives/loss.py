@@ -1,5 +1,7 @@
 """What the objectives share: a squared error whose samples count only where they are finite."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -16,11 +18,17 @@ def keep(finite_B: Tensor, x: Tensor) -> Tensor:
     return torch.where(finite_B.view(-1, *(1,) * (x.ndim - 1)), x, 0)
 
 
-def squared_error(error: Tensor, finite_B: Tensor) -> Tensor:
-    """The sum of squares over a sample, averaged over all B samples, those that are not finite counting as 0."""
-    return keep(finite_B, error).square().sum() / len(error)
+def squared_error(error: Tensor, finite_B: Tensor, batch: int) -> Tensor:
+    """The sum of squares over the samples at hand, those that are not finite counting 0, over the global batch."""
+    return keep(finite_B, error).square().sum() / batch
 
 
 def norm(x: Tensor) -> Tensor:
     """‖x‖₂ over all elements of a sample, (B,)."""
     return torch.linalg.vector_norm(x.flatten(1), dim=1)
+
+
+def check(what: str, choice: str, allowed: Sequence[str]) -> None:
+    """Raises ValueError for a choice that is not among the allowed."""
+    if choice not in allowed:
+        raise ValueError(f"{what} is {choice!r}, must be one of {', '.join(allowed)}")
