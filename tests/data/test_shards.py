@@ -4,7 +4,9 @@ import io
 import json
 import re
 import tarfile
+import tracemalloc
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -162,6 +164,92 @@ class Trap:
         return (Path.touch, (self.path,))
 
 
+def test_large_set_stays_on_disk(tmp_path: Path) -> None:
+    """Of 32 MiB, reading one sample after the other never holds more than a few."""
+    shape = (4, 1, 256, 256)  # 1 MiB
+    samples = (Sample(i, "", 0, torch.full(shape, float(i)), torch.ones(1, WIDTH)) for i in range(32))
+    write_shard(tmp_path / "x.tar", samples, {"part": "1-of-1"})
+    tracemalloc.start()
+    try:
+        dataset = read_shards([tmp_path / "x.tar"], memory=0)
+        assert [float(dataset.batch([i], words=1).latents_BCTHW[0, 3, 0, 255, 255]) for i in range(32)] == list(
+            range(32)
+        )
+        assert tracemalloc.get_traced_memory()[1] < 6 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_samples_on_disk_are_those_in_memory(tmp_path: Path, parts: int) -> None:
+    paths = write_set(tmp_path, parts)
+    on_disk, in_memory = read_shards(paths, memory=0), read_shards(paths)
+    assert isinstance(in_memory.samples, list) and not isinstance(on_disk.samples, list)
+    assert len(on_disk) == TOTAL and len(list(on_disk.samples)) == TOTAL
+    for index in [*range(TOTAL), -1]:
+        assert on_disk.samples[index].index == index % TOTAL
+        assert torch.equal(on_disk.samples[index].latents_CTHW, in_memory.samples[index].latents_CTHW)
+        assert torch.equal(on_disk.samples[index].text_LD, in_memory.samples[index].text_LD)
+    assert on_disk.sha256 == in_memory.sha256 == tuple(sha256_file(path) for path in paths)
+
+
+def test_shard_that_changes_after_verification_is_named(tmp_path: Path) -> None:
+    """Sample 3 is the second of shard 2; its neighbours can still be read."""
+    paths = write_set(tmp_path)
+    dataset = read_shards(paths, memory=0)
+    with tarfile.open(paths[1]) as tar:
+        offsets = {member.name: member.offset_data for member in tar}
+    flip_bit(paths[1], offsets["00000003.latents.npy"] - 300)  # in the header of the member
+    for _ in range(2):
+        with pytest.raises(UserError, match=f"sample 3 of shard {re.escape(str(paths[1]))} cannot be read"):
+            dataset.batch([2, 3], words=6)
+    assert dataset.batch([2, 5, 4], words=6).prompts[1] == sample(5).prompt
+    paths[1].unlink()
+    with pytest.raises(UserError, match=f"sample 5 of shard {re.escape(str(paths[1]))} cannot be read"):
+        dataset.batch([5], words=6)
+    paths[1].write_bytes(paths[0].read_bytes())  # the same shapes, other samples
+    with pytest.raises(UserError, match="changed since it was verified"):
+        dataset.batch([3], words=6)
+
+
+def test_shapes_must_be_equal(tmp_path: Path) -> None:
+    other = replace(sample(1), latents_CTHW=torch.zeros(3, 2, 4, 1))  # as many bytes
+    write_shard(tmp_path / "x.tar", [sample(0), other], {"part": "1-of-1"})
+    with pytest.raises(UserError, match=re.escape("different shapes: [((3, 2, 2, 2), 4), ((3, 2, 4, 1), 4)]")):
+        read_shards([tmp_path / "x.tar"])
+
+
+def npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        npy(np.zeros((3, 2, 2, 2))),
+        npy(np.zeros((3, 2, 2, 2), ">f4")),
+        npy(np.asfortranarray(np.random.rand(3, 2, 2, 2).astype("f4"))),
+        npy(np.zeros((3, 2, 4), "f4")),
+        npy(np.zeros((3, 2, 2, 2), "f4"))[:-4],
+        npy(np.zeros((3, 2, 2, 2), "f4")) + bytes(4),
+        b"",
+    ],
+    ids=["float64", "big endian", "fortran", "three dimensions", "short", "long", "empty"],
+)
+def test_array_of_another_kind_is_refused(tmp_path: Path, content: bytes) -> None:
+    paths = write_set(tmp_path, 1)
+    with pytest.raises(UserError, match=re.escape(str(paths[0]))):
+        read_shards([rewritten(paths[0], "00000002.latents.npy", content)])
+
+
+def test_progress_counts_shards(tmp_path: Path) -> None:
+    counts: list[int] = []
+    read_shards(write_set(tmp_path, 4), advance=counts.append)
+    assert counts == [1, 1, 1, 1]
+
+
 def test_member_that_would_run_code_is_refused(tmp_path: Path) -> None:
     paths = write_set(tmp_path, 1)
     trap, buffer = tmp_path / "sprung", io.BytesIO()
@@ -171,7 +259,13 @@ def test_member_that_would_run_code_is_refused(tmp_path: Path) -> None:
     assert not trap.exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", json.dumps({"index": 2}).encode()])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"", b"{", b"[]", b"[" * 100000, json.dumps({"index": 2}).encode()),
+        *(json.dumps({"index": index, "prompt": "", "seed": 0}).encode() for index in (-1, 2.0, "2", 2**64)),
+    ],
+)
 def test_member_of_another_kind_is_refused(tmp_path: Path, content: bytes) -> None:
     paths = write_set(tmp_path, 1)
     with pytest.raises(UserError, match=re.escape(str(paths[0]))):

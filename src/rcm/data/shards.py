@@ -1,49 +1,31 @@
 """Shards: the synthetic data set as webdataset tars with manifests, and the order in which training reads it.
 
-A sample is three members of a tar: `KEY.json` (prompt, index, seed), `KEY.latents.npy` (C, T, H, W) and `KEY.text.npy`
-(words, D), both float32. Beside `X.tar` stands `X.tar.json`, the manifest: what it holds, its SHA-256, and what it was
-made from. Part k of n holds the samples k-1, k-1+n, k-1+2n, ... so that a part that is not there leaves gaps.
+`X.tar` holds samples (`rcm.data.samples`). Beside it stands `X.tar.json`, the manifest: how many they are, their
+SHA-256, and what they were made from. Part k of n holds the samples k-1, k-1+n, k-1+2n, ... so that a part that is not
+there leaves gaps.
 
 Letters of shapes: N samples, B batch, C channels, T frames, H height, W width, L words, D width of a word.
 """
 
 import functools
-import io
-import json
 import re
 import tarfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from rcm.artefact import UserError, atomic_file, beside, read_json, reason, sha256_file, write_json
+from rcm.artefact import UserError, atomic_file, beside, read_json, sha256_file, write_json
+from rcm.data.samples import Entry, entries, naming, read_sample, write_sample
+from rcm.data.samples import Sample as Sample
 from rcm.randomness import uniform
 
-
-@dataclass(frozen=True)
-class Sample:
-    """One latent of the teacher; `index` is global over all shards, `seed` that of its noise."""
-
-    index: int
-    prompt: str
-    seed: int
-    latents_CTHW: Tensor
-    text_LD: Tensor
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Samples side by side; texts are padded with zeros to one length."""
-
-    indices: tuple[int, ...]
-    prompts: tuple[str, ...]
-    latents_BCTHW: Tensor
-    text_BLD: Tensor
+_T = TypeVar("_T")
 
 
 def part_indices(part: str, total: int) -> range:
@@ -75,31 +57,9 @@ def write_shard(path: Path | str, samples: Iterable[Sample], manifest: Mapping[s
     count = 0
     with atomic_file(path) as temporary, tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
         for sample in samples:
-            key = f"{sample.index:08d}"
-            facts = {"prompt": sample.prompt, "index": sample.index, "seed": sample.seed}
-            _add(tar, f"{key}.json", json.dumps(facts, sort_keys=True).encode())
-            _add(tar, f"{key}.latents.npy", _npy(sample.latents_CTHW))
-            _add(tar, f"{key}.text.npy", _npy(_unpadded(sample.text_LD)))
+            write_sample(tar, sample)
             count += 1
     write_json(_manifest_path(path), {"count": count, "sha256": sha256_file(path)} | dict(manifest))
-
-
-def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    member = tarfile.TarInfo(name)  # owner 0, time 0
-    member.size = len(content)
-    member.mode = 0o644
-    tar.addfile(member, io.BytesIO(content))
-
-
-def _npy(tensor: Tensor) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, np.ascontiguousarray(tensor.detach().cpu().float().numpy()), allow_pickle=False)
-    return buffer.getvalue()
-
-
-def _unpadded(text_LD: Tensor) -> Tensor:
-    used = text_LD.ne(0).any(dim=1).nonzero()
-    return text_LD[: int(used[-1]) + 1] if len(used) else text_LD[:0]
 
 
 def _manifest_path(path: Path | str) -> Path:
@@ -109,12 +69,29 @@ def _manifest_path(path: Path | str) -> Path:
 # --- Reading -------------------------------------------------------------------------------------------------------
 
 
-class LatentDataset:
-    """All samples of a set in memory, in the order of their indices 0 ... N-1, whatever the order of the shards."""
+@dataclass(frozen=True)
+class Batch:
+    """Samples side by side; texts are padded with zeros to one length."""
 
-    def __init__(self, samples: Sequence[Sample], manifest: Mapping[str, Any]) -> None:
-        self.samples = sorted(samples, key=lambda sample: sample.index)
-        self.manifest = dict(manifest)  # what the shards have in common
+    indices: tuple[int, ...]
+    prompts: tuple[str, ...]
+    latents_BCTHW: Tensor
+    text_BLD: Tensor
+
+
+class LatentDataset:
+    """The samples of a set, in the order of their indices 0 ... N-1, whatever the order of the shards.
+
+    Args:
+        samples: in memory, or read from the shards when asked for; `samples[i]` has index i.
+        manifest: what the shards have in common.
+        sha256: SHA-256 of each shard, in the order in which they were given.
+    """
+
+    def __init__(self, samples: Sequence[Sample], manifest: Mapping[str, Any], sha256: Sequence[str] = ()) -> None:
+        self.samples = samples
+        self.manifest = dict(manifest)
+        self.sha256 = tuple(sha256)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -137,46 +114,120 @@ class LatentDataset:
         )
 
 
-def read_shards(paths: Iterable[Path | str]) -> LatentDataset:
-    """Read and verify all shards of a set.
+class _Stored(Sequence[Sample]):
+    """Samples that stay in their shards; each is read when asked for, from the byte where it begins.
+
+    webdataset itself reads tars from front to back and shuffles within a buffer, which is no permutation of the set.
+    """
+
+    def __init__(self, files: Sequence[Path], contents: Sequence[Sequence[Entry]]) -> None:
+        indices_N = np.array([entry.index for found in contents for entry in found], dtype=np.int64)
+        starts_N = np.array([entry.start for found in contents for entry in found], dtype=np.int64)
+        shards_N = np.repeat(np.arange(len(files)), [len(found) for found in contents])
+        order_N = indices_N.argsort(kind="stable")
+        self.files, self.starts_N, self.shards_N = files, starts_N[order_N], shards_N[order_N]
+        for place in np.flatnonzero(indices_N[order_N] != np.arange(len(order_N)))[:1]:
+            if (index := indices_N[order_N[place]]) > place:
+                raise UserError(f"sample {place} is in none of the {len(files)} shards; make them again")
+            one, other = (files[shard] for shard in self.shards_N[place - 1 : place + 1])
+            raise UserError(f"sample {index} is in {one} and in {other}; make them again")
+        if not len(order_N):
+            raise UserError(f"the shards hold no samples: {', '.join(map(str, files))}")
+        shapes = {entry.shapes for found in contents for entry in found}
+        if len(shapes) > 1:
+            raise UserError(f"the shards hold latents of different shapes: {sorted(shapes)}; make them again")
+        self.shapes = shapes.pop()
+
+    def __len__(self) -> int:
+        return len(self.starts_N)
+
+    def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
+        index = range(len(self))[index]
+        path = self.files[self.shards_N[index]]
+        with naming(f"sample {index} of shard {path}"), path.open("rb") as file:  # opened anew: threads share no place
+            file.seek(self.starts_N[index])
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                sample = read_sample(tar)
+            if (sample.index, sample.shapes) != (index, self.shapes):
+                raise ValueError("changed since it was verified")
+        return sample
+
+
+def read_shards(
+    paths: Iterable[Path | str],
+    *,
+    group: dist.ProcessGroup | None = None,
+    memory: int = 2**28,
+    advance: Callable[[int], None] = lambda count: None,
+) -> LatentDataset:
+    """Verify all shards of a set, and read them.
 
     A shard that is missing, damaged, given twice or of another origin than the others, and an index that is missing or
-    comes twice, are UserErrors that name it.
+    comes twice, are UserErrors that name it, on all ranks.
+
+    Args:
+        paths: the tars, on a file system that all ranks share.
+        group: the ranks that share the verification out and must all call this; None: this process is alone.
+        memory: a set of no more bytes than this is kept in memory; of a larger one, samples are read when asked for.
+        advance: called with the number of shards verified since the last call, on all ranks together.
     """
     files = [Path(path) for path in paths]
+    rank, world = (dist.get_rank(group), dist.get_world_size(group)) if group is not None else (0, 1)
+    manifests: dict[Path, dict[str, Any]] = {}
+
+    def check() -> dict[str, Any]:
+        manifests.update(_manifests(files))
+        return _common_manifest(manifests)
+
+    def verify() -> list[list[Entry]]:
+        """Contents of the shards rank, rank + world, ..."""
+        contents = []
+        for first in range(0, len(files), world):
+            contents += [_contents(path, manifests[path]) for path in files[first + rank : first + rank + 1]]
+            advance(len(files[first : first + world]))
+        return contents
+
+    common = _on_all_ranks(check, group)[rank]
+    verified = _on_all_ranks(verify, group)
+    stored = _Stored(files, [verified[shard % world][shard // world] for shard in range(len(files))])
+    small = sum(path.stat().st_size for path in files) <= memory
+    return LatentDataset(list(stored) if small else stored, common, [manifests[path]["sha256"] for path in files])
+
+
+def _on_all_ranks(work: Callable[[], _T], group: dist.ProcessGroup | None) -> list[_T]:
+    """What `work` returns on each rank; a UserError of one of them is raised on all, so that none waits for it."""
+    outcome: _T | UserError
+    try:
+        outcome = work()
+    except UserError as error:
+        outcome = error
+    outcomes = [outcome]
+    if group is not None:
+        outcomes *= dist.get_world_size(group)
+        dist.all_gather_object(outcomes, outcome, group=group)
+    results = []
+    for outcome in outcomes:
+        if isinstance(outcome, UserError):
+            raise outcome
+        results.append(outcome)
+    return results
+
+
+def _manifests(files: Sequence[Path]) -> dict[Path, dict[str, Any]]:
+    """The manifest of each shard, by its path."""
     if not files:
         raise UserError("no shards given: expected one or more .tar files")
     if repeated := [path for path in files if files.count(path) > 1]:
         raise UserError(f"shard {repeated[0]} is given twice; give each part exactly once")
-    manifests = {path: _verified_manifest(path) for path in files}
-    common = _common_manifest(manifests)
-    samples: dict[int, tuple[Sample, Path]] = {}
-    for path in manifests:
-        for sample in _read_shard(path, manifests[path]["count"]):
-            if sample.index in samples:
-                raise UserError(
-                    f"sample {sample.index} is in {samples[sample.index][1]} and in {path}; make them again"
-                )
-            samples[sample.index] = sample, path
-    if missing := sorted(set(range(len(samples))) - samples.keys()):
-        raise UserError(f"sample {missing[0]} is in none of the {len(files)} shards; make them again")
-    if not samples:
-        raise UserError(f"the shards hold no samples: {', '.join(map(str, paths))}")
-    shapes = {(tuple(sample.latents_CTHW.shape), sample.text_LD.shape[-1]) for sample, _ in samples.values()}
-    if len(shapes) > 1:
-        raise UserError(f"the shards hold latents of different shapes: {sorted(shapes)}; make them again")
-    return LatentDataset([sample for sample, _ in samples.values()], common)
-
-
-def _verified_manifest(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(f"shard {path} does not exist; make it with `rcm synthesize`")
-    manifest = read_json(_manifest_path(path))
-    if not isinstance(manifest, dict) or not {"count", "sha256", "part"} <= manifest.keys():
-        raise UserError(f"{_manifest_path(path)} is not the manifest of a shard; make the shard again")
-    if sha256_file(path) != manifest["sha256"]:
-        raise UserError(f"shard {path} is damaged: its SHA-256 is not that of its manifest; make it again")
-    return manifest
+    manifests = {}
+    for path in files:
+        if not path.is_file():
+            raise UserError(f"shard {path} does not exist; make it with `rcm synthesize`")
+        manifest = read_json(_manifest_path(path))
+        if not isinstance(manifest, dict) or not {"count", "sha256", "part"} <= manifest.keys():
+            raise UserError(f"{_manifest_path(path)} is not the manifest of a shard; make the shard again")
+        manifests[path] = manifest
+    return manifests
 
 
 def _common_manifest(manifests: Mapping[Path, dict[str, Any]]) -> dict[str, Any]:
@@ -198,29 +249,18 @@ def _common_manifest(manifests: Mapping[Path, dict[str, Any]]) -> dict[str, Any]
     return origins[first]
 
 
-def _read_shard(path: Path, count: int) -> list[Sample]:
-    try:
-        members: dict[str, dict[str, bytes]] = {}
+def _contents(path: Path, manifest: Mapping[str, Any]) -> list[Entry]:
+    """What a shard holds, whose bytes must be those that its manifest tells of."""
+    with naming(f"shard {path}"):
+        if sha256_file(path) != manifest["sha256"]:
+            raise UserError(f"shard {path} is damaged: its SHA-256 is not that of its manifest; make it again")
         with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                key, _, suffix = member.name.partition(".")
-                file = tar.extractfile(member)
-                members.setdefault(key, {})[suffix] = file.read() if file else b""
-        samples = [_parse(member) for member in members.values()]
-    except (tarfile.TarError, OSError, ValueError, KeyError, TypeError, EOFError) as error:
-        raise UserError(f"shard {path} cannot be read ({reason(error)}); make it again") from error
-    if len(samples) != count:
-        raise UserError(f"shard {path} holds {len(samples)} samples, its manifest says {count}; make it again")
-    return samples
-
-
-def _parse(member: Mapping[str, bytes]) -> Sample:
-    facts = json.loads(member["json"])
-    latents = np.load(io.BytesIO(member["latents.npy"]), allow_pickle=False)
-    text = np.load(io.BytesIO(member["text.npy"]), allow_pickle=False)
-    if latents.dtype != np.float32 or text.dtype != np.float32 or latents.ndim != 4 or text.ndim != 2:
-        raise ValueError(f"{latents.dtype} {latents.shape} and {text.dtype} {text.shape} are not latents and text")
-    return Sample(facts["index"], facts["prompt"], facts["seed"], torch.from_numpy(latents), torch.from_numpy(text))
+            found = list(entries(tar))
+    if len(found) != manifest["count"]:
+        raise UserError(
+            f"shard {path} holds {len(found)} samples, its manifest says {manifest['count']}; make it again"
+        )
+    return found
 
 
 # --- Order of training ---------------------------------------------------------------------------------------------
