@@ -6,6 +6,7 @@ from torch import nn
 
 from rcm import dual, networks
 from rcm.artefact import UserError
+from rcm.networks.discriminator import FakeScore
 from rcm.parallel import COUNTER, RECOMPUTE, parallelize, start
 
 SIZES = {"width": 16, "mlp_width": 32, "layers": 2, "heads": 4, "in_channels": 4, "out_channels": 4, "text_width": 8,
@@ -118,6 +119,32 @@ def test_a_time_for_every_frame_over_two(ranks):
 
 def test_offloaded(ranks):
     compare(ranks(2, on_ranks, {}, {"offload": True}))
+
+
+def judged(sizes, options):
+    """Gradients of a loss on velocity and logits of a fake score with its branch; DMD2."""
+    mesh = start(**sizes, device="cpu") if sizes is not None else None
+    torch.manual_seed(3)
+    fake = FakeScore(network(), width=16, layers=[0, 1], heads=2).double()
+    nn.init.normal_(fake.branch.logit.weight)
+    if mesh is not None:
+        parallelize(fake, mesh, **options)
+    mine = slice(mesh.data_rank, None, mesh.data_size) if mesh and mesh.data_size > 1 else slice(None)
+    x, time, text, _, _, weights = (a[mine] for a in case())
+    with fake.features(x.shape) as features:
+        velocity = fake(x, time, text)
+    ((velocity * weights).sum() + fake.branch(*features).sum()).backward()
+    return gradients(fake)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"context": 2}], ids=["sharded", "context"])
+def test_the_branch_of_dmd2(ranks, sizes):
+    expected = judged(None, {})
+    assert expected["branch.query"].norm() > 0.01
+    for found in ranks(2, judged, sizes, {"recompute": "blocks"}):
+        assert found.keys() == expected.keys()
+        for name in expected:
+            close(found[name], expected[name])
 
 
 @pytest.mark.parametrize(("recompute", "shared", "cost"), [

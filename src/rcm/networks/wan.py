@@ -4,8 +4,8 @@ Shapes: B batch, C channels, T frames, H, W latent height and width, S = T·H·W
 tokens, D width, N heads, P time steps per sample (1, or T for a time per frame).
 
 Tangents need no second class: `forward` takes `torch.autograd.forward_ad` dual tensors as well (see `rcm.dual`).
-Sharding, recomputation and the sharing of tokens come from outside too (`rcm.parallel`): blocks and head take tensors by
-position; `split`, `gather` and `attend` are attributes that it replaces. The tokens are computed in the data type of
+Sharding, recomputation and the sharing of tokens come from outside too (`rcm.parallel`): blocks and head take tensors
+by position; `split`, `gather` and `attend` are attributes that it replaces. The tokens are computed in the data type of
 the blocks' weights, the time in that of its own (`precise`).
 """
 
@@ -145,10 +145,10 @@ class WanTransformer(nn.Module):
 
     `time_scale` multiplies the rectified-flow time before `forward` (1000 for Wan2.1). `positions`, the largest
     (T, H, W) in tokens, adds learned absolute positions to the rotary ones: Wan2.1 has none, but in a grid of 3 x 3
-    tokens relative positions cannot tell left from right before anything is visible.
+    tokens relative positions cannot tell left from right before anything is visible. `second_time` embeds a second
+    time, which is added to the first (MeanFlow); it starts without effect.
     """
 
-    precise = ("time_embedding", "time_projection")  # modules that stay in float32 where the others are rounded
     split: Callable[[Tensor, int], Tensor] = staticmethod(whole)  # (tokens, their axis) -> the tokens of this process
     gather: Callable[[Tensor, int], Tensor] = staticmethod(whole)  # (B, tokens here, D), their number -> all of them
 
@@ -166,6 +166,7 @@ class WanTransformer(nn.Module):
         patch: Sequence[int] = (1, 2, 2),
         time_scale: float = 1000.0,
         positions: Sequence[int] | None = None,
+        second_time: bool = False,
         eps: float = 1e-6,
     ):
         super().__init__()
@@ -178,6 +179,10 @@ class WanTransformer(nn.Module):
         self.text_embedding = nn.Sequential(nn.Linear(text_width, width), nn.GELU("tanh"), nn.Linear(width, width))
         self.time_embedding = nn.Sequential(nn.Linear(time_width, width), nn.SiLU(), nn.Linear(width, width))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        self.precise = ["time_embedding", "time_projection"]  # modules that stay in float32 where others are rounded
+        if second_time:
+            self.second_time_embedding = nn.Sequential(nn.Linear(time_width, width), nn.SiLU(), nn.Linear(width, width))
+            self.precise.append("second_time_embedding")
         self.blocks = nn.ModuleList(Block(width, mlp_width, heads, eps) for _ in range(layers))
         self.head = Head(width, math.prod(self.patch) * out_channels, eps)
         # at the scale of the tokens: started small they were hardly used, for they help only together with the text
@@ -195,9 +200,15 @@ class WanTransformer(nn.Module):
             if isinstance(layer, nn.Linear):
                 nn.init.normal_(layer.weight, std=0.02)
         nn.init.zeros_(self.head.head.weight)
+        if "second_time_embedding" in self.precise:
+            nn.init.zeros_(self.get_parameter("second_time_embedding.2.weight"))
 
-    def forward(self, latents_BCTHW: Tensor, time_BP: Tensor, text_BLD: Tensor) -> Tensor:
+    def forward(
+        self, latents_BCTHW: Tensor, time_BP: Tensor, text_BLD: Tensor, second_time_BP: Tensor | None = None
+    ) -> Tensor:
         """Velocity (B, C, T, H, W) of latents at `time_BP` = rectified-flow time · `time_scale`, given a text.
+
+        `second_time_BP` is in the same unit, zero where it is not given.
 
         Raises ValueError where the latents do not divide into patches, or there are neither one nor T times.
         """
@@ -215,6 +226,9 @@ class WanTransformer(nn.Module):
             pt, ph, pw = self.positions
             x = x + (pt[:t, None, None] + ph[None, :h, None] + pw[None, None, :w]).flatten(0, 2)
         time_BPD = self.time_embedding(sinusoid(time_BP, self.time_width).to(time_dtype))
+        if "second_time_embedding" in self.precise:
+            second = torch.zeros_like(time_BP) if second_time_BP is None else second_time_BP
+            time_BPD = time_BPD + self.second_time_embedding(sinusoid(second, self.time_width).to(time_dtype))
         time_BP6D = self.time_projection(time_BPD).unflatten(-1, (6, -1))
         text = self.text_embedding(text_BLD.to(dtype))
         angles = rotary_angles(t, h, w, x.shape[-1] // self.heads, x.device).repeat_interleave(2, dim=-1)

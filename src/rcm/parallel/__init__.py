@@ -6,7 +6,6 @@ Everything here changes speed and memory alone: losses, gradients and updated we
 from typing import Any
 
 import torch
-from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from rcm.artefact import UserError
@@ -18,7 +17,7 @@ __all__ = ["COUNTER", "RECOMPUTE", "Counter", "Layout", "Mesh", "parallelize", "
 
 
 def parallelize(
-    network: nn.Module,
+    network: Any,
     mesh: Mesh,
     *,
     recompute: str = "none",
@@ -32,7 +31,8 @@ def parallelize(
     A network on the meta device is materialised by `network.to_empty(device=mesh.device)` afterwards, sharded.
 
     Args:
-        network: has `blocks`, `head`, `heads` and `precise` (see `rcm.networks.wan`), or holds one as `score`.
+        network: has `blocks`, `head`, `heads` and `precise` (see `rcm.networks.wan`); or holds such a one as `score`,
+            and as `branch` what reads its features (see `rcm.networks.discriminator`).
         recompute: what the backward pass computes again: none; blocks (whole ones); matmuls (all but products of
             matrices and attention; passes with tangents compute whole blocks again).
         precision: data type of the parameters in forward and backward passes, those named `precise` apart, which stay
@@ -45,12 +45,18 @@ def parallelize(
     Gradients are summed over ranks, so that a loss must be divided by the global batch. Raises UserError for heads that
     do not divide by the context, and for rounding without ranks.
     """
+    if hasattr(network, "branch"):
+        options: Any = {"recompute": recompute, "precision": precision, "offload": offload, "compile": compile}
+        parallelize(network.score, mesh, **options)
+        if mesh.group is not None:  # each rank of a context group reads all tokens, and has all of the gradient
+            _fsdp([network.branch], mesh, dtype=_dtype(precision), offload=offload, divide=mesh.layout.context)
+        return
     if not trainable:
         network.requires_grad_(False)
-    dtype = getattr(torch, precision) if precision else None
+    dtype = _dtype(precision)
     if dtype and not trainable:
         round_weights(network, dtype)
-    precise: Any = [getattr(network, name) for name in network.precise]
+    precise = [getattr(network, name) for name in network.precise]
     for block in network.blocks:
         make_unit(block, recompute=recompute, share=1 / len(network.blocks), compile=compile)
     for module in (network.head, *precise, network):
@@ -64,28 +70,29 @@ def parallelize(
                 "with `python -m rcm.launch --standalone --nproc-per-node 1 -m rcm distill ...`, or leave it at float32"
             )
         return
-    _shard(network, mesh, [*network.blocks, network.head], precise, dtype if trainable else None, offload)
+    _fsdp(precise, mesh, dtype=None, offload=offload)
+    # the last one takes what remains
+    _fsdp([*network.blocks, network.head, network], mesh, dtype=dtype if trainable else None, offload=offload)
 
 
-def _shard(
-    network: nn.Module, mesh: Mesh, units: list[nn.Module], precise: list[nn.Module], dtype: Any, offload: bool
-) -> None:
-    """FSDP2 around each unit and around the rest; HSDP where the mesh has two dimensions."""
+def _fsdp(modules: list[Any], mesh: Mesh, *, dtype: torch.dtype | None, offload: bool, divide: float = 1.0) -> None:
+    """FSDP2 around each module (HSDP where the mesh has two axes); gradients are summed, and divided by `divide`."""
     keeping: Any = CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda") if offload else OffloadPolicy()
-    options: Any = {"mesh": mesh.parameters(), "reshard_after_forward": True, "offload_policy": keeping}
-    rounded = MixedPrecisionPolicy(dtype, _master(network), cast_forward_inputs=False)
-    kept = MixedPrecisionPolicy(cast_forward_inputs=False)
-    for module in precise:
-        fully_shard(module, mp_policy=kept, **options)
-    for module in (*units, network):  # the last one takes what remains
-        fully_shard(module, mp_policy=rounded, **options)
-    for module in (*precise, *units, network):
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)  # sums are exact; gloo has no other
+    for module in modules:
+        master = next(module.parameters()).dtype
+        fully_shard(
+            module,
+            mesh=mesh.parameters,
+            reshard_after_forward=True,  # of the root too, whose weights may change before its next call
+            mp_policy=MixedPrecisionPolicy(dtype, master, cast_forward_inputs=False),
+            offload_policy=keeping,
+        )
+        module.set_gradient_divide_factor(divide)
+        module.set_force_sum_reduction_for_comms(True)  # gloo has no other
 
 
-def _master(network: nn.Module) -> torch.dtype:
-    return next(network.parameters()).dtype
+def _dtype(precision: str | None) -> torch.dtype | None:
+    return getattr(torch, precision) if precision else None
 
 
 def round_weights(network: Any, dtype: torch.dtype) -> None:

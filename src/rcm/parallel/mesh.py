@@ -8,6 +8,7 @@ the context fastest, so that its traffic, the heaviest, stays inside a node.
 import datetime
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -53,6 +54,7 @@ class Mesh:
             work = init_device_mesh(device.type, sizes, mesh_dim_names=("data", "context"))
             self.data_group, self.context_group = work.get_group("data"), work.get_group("context")
 
+    @cached_property
     def parameters(self) -> DeviceMesh:
         """The mesh that parameters live on: one-dimensional for FSDP, two-dimensional for HSDP."""
         sharing = self.layout.shard * self.layout.context

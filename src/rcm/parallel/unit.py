@@ -55,7 +55,8 @@ class Unit(nn.Module):
     recompute: str
     share: float  # of the network's forward pass, in the count
     run: Callable[..., Tensor]  # the module's own forward
-    tangents: Sequence[Tensor | None] | None  # of the inputs during a call, or None
+    tangents: Sequence[Tensor | None] | None  # of the inputs, during a call
+    out_tangent: Tensor | None  # of the output, during a call
 
     def __call__(self, *inputs: Any) -> Any:
         primals, tangents = zip(*map(dual.unpack, inputs), strict=True)
