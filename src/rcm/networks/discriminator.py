@@ -16,7 +16,7 @@ from rcm.networks.wan import Attention
 
 
 class Discriminator(nn.Module):
-    """One learned query attends to the tokens (B, S, D) behind `layers` blocks in turn; a linear layer gives the logit."""
+    """A learned query attends to the features (B, S, D) of `layers` blocks in turn; a linear layer gives the logit."""
 
     def __init__(self, width: int, heads: int, layers: int, eps: float = 1e-6):
         super().__init__()
