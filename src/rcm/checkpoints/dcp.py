@@ -236,9 +236,10 @@ def load_dcp(folder: Path | str) -> State:
     return state
 
 
-def load_sharded(network: nn.Module, folder: Path | str, mesh: Ranks) -> None:
+def load_sharded(network: nn.Module, folder: Path | str, mesh: Ranks, *, without: str | None = None) -> None:
     """Fill the parameters and persistent buffers of a built network, sharded or not, from a DCP folder.
 
+    Names that begin with `without` are those of parts that the folder does not hold; they are left as they are.
     All ranks call it. Each reads its own chunks only and verifies its share of the files; no rank ever holds more than
     one whole chunk beside its part. Data types become those of the network. Raises UserError on all ranks where the
     folder is damaged or holds another network, which then is as it was; ValueError where the network is still on the
@@ -247,10 +248,11 @@ def load_sharded(network: nn.Module, folder: Path | str, mesh: Ranks) -> None:
     folder, state = Path(folder), {name: value.detach() for name, value in network.state_dict().items()}
     if any(value.is_meta for value in state.values()):
         raise ValueError("the network is on the meta device; call to_empty first")
+    left = {name: state.pop(name) for name in list(state) if without and name.startswith(without)}
 
     def verify() -> None:
         manifest = _verified_manifest(folder, mesh)
-        check_fit(network, _described(folder, manifest["files"]), str(folder))
+        check_fit(network, {**left, **_described(folder, manifest["files"])}, str(folder))
 
     everywhere(verify, mesh)
     everywhere(lambda: _read(folder, state), mesh)

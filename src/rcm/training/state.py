@@ -14,23 +14,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.optim import Optimizer
 
-from rcm.artefact import (
-    MANIFEST,
-    UserError,
-    atomic_folder,
-    read_json,
-    reason,
-    sha256_file,
-    sha256_json,
-    sync,
-    write_json,
-)
+from rcm.artefact import MANIFEST, UserError, read_json, reason, sha256_json, sync, write_json
 from rcm.checkpoints.dcp import damage, described, everywhere, read_parts, write_parts
 from rcm.checkpoints.flat import misfits, some
 from rcm.parallel.mesh import Mesh
@@ -159,43 +148,6 @@ class States:
         if self.mesh.is_main:
             for path in self.folder.glob(f".*{_PARTIAL}"):
                 shutil.rmtree(path)
-
-
-def save_state(folder: Path, step: int, tensors: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    """Write the state after `step` into `folder/STEP/`, whole or not at all, and drop the oldest.
-
-    `tensors` is a tree of dicts, lists, tensors and numbers; `config` a tree that JSON can hold.
-    """
-    with atomic_folder(folder / f"{step:09d}") as path:
-        torch.save(dict(tensors), path / "state.pt")
-        header = {"step": step, "sha256": sha256_file(path / "state.pt"), "config": config}
-        write_json(path / "state.json", header)
-    for old in _states(folder)[KEPT:]:
-        shutil.rmtree(old)
-
-
-def load_state(folder: Path, config: Mapping[str, Any]) -> tuple[int, dict[str, Any]] | None:
-    """The newest whole state as (step, tensors), or None where there is none.
-
-    A damaged state is left out with a line on stderr. Raises UserError where a state belongs to another `config`.
-    """
-    for path in _states(folder):
-        try:
-            header = read_json(path / "state.json")
-            whole = header["step"] == int(path.name) and header["sha256"] == sha256_file(path / "state.pt")
-        except (OSError, UserError, KeyError, TypeError):
-            whole = False
-        if not whole:
-            print(f"warning: {path} is damaged, going back to the state before it", file=sys.stderr, flush=True)
-            continue
-        changed = differences(header["config"], json.loads(json.dumps(config)))
-        if changed:
-            raise UserError(
-                f"{folder} holds an unfinished run of another configuration ({'; '.join(changed)}): "
-                "set these values again to continue it, or delete the folder to start anew"
-            )
-        return header["step"], torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-    return None
 
 
 def remove_states(folder: Path) -> None:
