@@ -1,8 +1,11 @@
 """A parallelized network against the plain one, in float64: value, tangent and gradients."""
 
+import functools
+
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
 from rcm import dual, networks
 from rcm.artefact import UserError
@@ -78,6 +81,23 @@ def compare(results, frames=1, times=1, context=1):
     for group in range(0, len(results), context):  # of the latents a rank has the gradient through its own tokens
         parts = results[group : group + context]
         close(sum(part[-1] for part in parts), x_grad[parts[0][0]])
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+def test_compiled_blocks_share_one_graph(alone, recompute, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    torch.compiler.reset()
+    counters.clear()
+    built = network(layers=3)
+    parallelize(built, alone, recompute=recompute, compile=True)
+    x, time, text, *_, weights = case()
+    (built(x, time, text) * weights).sum().backward()
+    expected = network(layers=3)
+    (expected(x, time, text) * weights).sum().backward()
+    theirs = gradients(expected)
+    for name, gradient in gradients(built).items():
+        close(gradient, theirs[name])
+    assert counters["stats"]["unique_graphs"] == (2 if recompute == "blocks" else 1)  # with and without a graph
 
 
 @pytest.fixture

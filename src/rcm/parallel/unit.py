@@ -8,6 +8,7 @@ checkpoint). And it counts its calls.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -54,7 +55,8 @@ class Unit(nn.Module):
 
     recompute: str
     share: float  # of the network's forward pass, in the count
-    run: Callable[..., Tensor]  # the module's own forward
+    run: Callable[..., Tensor]  # the module's own forward, perhaps compiled
+    own: Callable[..., Tensor]  # ... and as it is, which is what dual tensors pass through
     tangents: Sequence[Tensor | None] | None  # of the inputs, during a call
     out_tangent: Tensor | None  # of the output, during a call
 
@@ -79,7 +81,7 @@ class Unit(nn.Module):
         if graph and self.recompute == "matmuls":
             out = checkpoint(self.run, *inputs, use_reentrant=False, context_fn=_saved_matmuls)
         else:
-            out, self.out_tangent = _dual_call(self.run, inputs, tangents)
+            out, self.out_tangent = _call(self, inputs, tangents)
         if out.requires_grad:
             out.register_hook(lambda _: _count(2 * samples))
         return out
@@ -87,12 +89,18 @@ class Unit(nn.Module):
 
 def make_unit(module: nn.Module, *, recompute: str = "none", share: float = 0.0, compile: bool = False) -> None:
     """Turn a module whose forward takes tensors by position, and returns one, into a unit, in place."""
-    own = type(module)
-    module.__class__ = type(f"Unit{own.__name__}", (Unit, own), {})
+    kind = type(module)
+    module.__class__ = _unit_class(kind)
     unit: Any = module
     unit.recompute, unit.share, unit.tangents, unit.out_tangent = recompute, share, None, None
-    forward = own.forward.__get__(module)
-    unit.run = torch.compile(forward) if compile else forward
+    unit.own = kind.forward.__get__(module)
+    unit.run = torch.compile(unit.own) if compile else unit.own
+
+
+@cache
+def _unit_class(kind: type[nn.Module]) -> type[Unit]:
+    """One class for all modules of a kind: `torch.compile` then compiles one block for all."""
+    return type(f"Unit{kind.__name__}", (Unit, kind), {})
 
 
 class _Recomputed(torch.autograd.Function):
@@ -105,7 +113,7 @@ class _Recomputed(torch.autograd.Function):
         ctx.unit, ctx.count, ctx.before = unit, count, 2 + (count if tangents is None else 2 * count)
         ctx.save_for_backward(*inputs)
         with dual.enabled():
-            out, tangent = _dual_call(unit.run, inputs, tangents)
+            out, tangent = _call(unit, inputs, tangents)
         if tangent is not None:
             ctx.mark_non_differentiable(tangent)
         return out, tangent
@@ -124,12 +132,10 @@ class _Recomputed(torch.autograd.Function):
         return None, None, *(found.get(id(x)) for x in inputs), *nothing, *(found[id(p)] for p in parameters)
 
 
-def _dual_call(
-    run: Callable[..., Tensor], inputs: Sequence[Any], tangents: Sequence[Tensor | None] | None
-) -> tuple[Tensor, Tensor | None]:
+def _call(unit: Unit, inputs: Sequence[Any], tangents: Sequence[Tensor | None] | None) -> tuple[Tensor, Tensor | None]:
     if tangents is None:
-        return run(*inputs), None
-    out, tangent = dual.unpack(run(*map(dual.pack, inputs, tangents)))
+        return unit.run(*inputs), None
+    out, tangent = dual.unpack(unit.own(*map(dual.pack, inputs, tangents)))
     return out, torch.zeros_like(out) if tangent is None else tangent.detach()
 
 
