@@ -41,7 +41,7 @@ def adversarial_loss(
     x = t.cos() * x0_BCTHW + t.sin() * noise_BCTHW
     finite = finite_samples(x.detach())
     _, logit_B = judge(fake, keep(finite, x), t_B, text)
-    finite &= logit_B.detach().isfinite()
+    finite = finite & logit_B.detach().isfinite()
     logit_B = keep(finite, logit_B)  # before softplus, whose derivative would make 0 · NaN of it
     loss = keep(finite, F.softplus(-logit_B)).sum() / batch
     return loss, {"gan_logit_sum": logit_B.detach().sum(), "gan_nan": (~finite).sum()}
@@ -73,7 +73,7 @@ def adversarial_critic_loss(
     both = torch.cat([keep(finite, x), keep(finite, real)])
     velocities, logits = judge(fake, both, torch.cat([t_B, t_B]), torch.cat([text, text]))
     velocity, (student_B, real_B) = velocities.chunk(2)[0], logits.chunk(2)
-    finite &= finite_samples(velocity.detach()) & student_B.detach().isfinite() & real_B.detach().isfinite()
+    finite = finite & finite_samples(velocity.detach()) & student_B.detach().isfinite() & real_B.detach().isfinite()
     student_B, real_B = keep(finite, student_B), keep(finite, real_B)
     gan = keep(finite, F.softplus(-real_B) + F.softplus(student_B)).sum()
     loss = squared_error(velocity - keep(finite, v), finite, batch) + critic_weight * gan / batch

@@ -58,7 +58,7 @@ def dcm_loss(
         target = student.denoise(below, times_KB[-1], text)
     finite = finite_samples(x, target)
     x0 = student.denoise(keep(finite, x), times_KB[0], text)
-    finite &= finite_samples(x0.detach())
+    finite = finite & finite_samples(x0.detach())
     error = x0 - keep(finite, target)
     metrics = {
         "dcm_gap_sum": keep(finite, error.detach()).abs().flatten(1).mean(dim=1).sum(),

@@ -94,7 +94,7 @@ def critic_loss(x0_BCTHW: Tensor, fake: Wrapped, noise_BCTHW: Tensor, t_B: Tenso
     x, v = t.cos() * x0_BCTHW + t.sin() * noise_BCTHW, t.cos() * noise_BCTHW - t.sin() * x0_BCTHW
     finite = finite_samples(x)
     velocity = fake.velocity(keep(finite, x), t_B, text)
-    finite &= finite_samples(velocity.detach())
+    finite = finite & finite_samples(velocity.detach())
     return squared_error(velocity - keep(finite, v), finite, batch), {"critic_nan": (~finite).sum()}
 
 

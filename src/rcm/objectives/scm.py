@@ -130,13 +130,13 @@ def scm_loss(
         s_B=s_B,
         graph=tangent_pass == "shared",
     )
-    finite &= finite_samples(g)
+    finite = finite & finite_samples(g)
     g = keep(finite, g)
     if tangent_pass == "separate":
         velocity = student.velocity(keep(finite, x), t_B, text, s_B)
     g_norm = norm(g)
     length = g_norm if tangent_normalisation == "norm" else g_norm.square()
     target = velocity.detach() + g / (per_sample(length, g) + tangent_constant)
-    finite &= finite_samples(velocity.detach())
+    finite = finite & finite_samples(velocity.detach())
     loss = squared_error(velocity - target, finite, batch)
     return loss, {"scm_tangent_norm_sum": g_norm.sum(), "scm_nan": (~finite).sum()}
