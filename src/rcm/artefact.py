@@ -262,7 +262,7 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def _peak_mib() -> float:
+def peak_mib() -> float:
     """Largest resident memory of this process so far, MiB (getrusage counts in KiB, on macOS in bytes)."""
     unit = 2**20 if sys.platform == "darwin" else 2**10
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
@@ -314,7 +314,7 @@ def recording(
         "stage": stage,
         "started": started.isoformat(timespec="seconds"),
         "wall_seconds": round(time.perf_counter() - clock, 3),
-        "peak_mib": _peak_mib(),
+        "peak_mib": peak_mib(),
         "host": _host(),
         "versions": _versions(),
         "git": git,

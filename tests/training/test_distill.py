@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,19 @@ import torch
 from torch import nn
 
 from rcm import networks
-from rcm.artefact import UserError
+from rcm.artefact import UserError, read_json
+from rcm.checkpoints.dcp import described, read_parts
 from rcm.cli.config import compose
 from rcm.data.shards import LatentDataset, Sample
+from rcm.networks.discriminator import FakeScore
+from rcm.parallel import start
 from rcm.training import distill as loop
-from rcm.training.distill import EXIT_INTERRUPTED, Batches, Learner, Settings, distill
+from rcm.training.batches import Draws, shares
+from rcm.training.distill import distill
+from rcm.training.learner import Learner
+from rcm.training.settings import Parallel, Settings
+from rcm.training.signals import EXIT_INTERRUPTED
+from rcm.training.state import States
 
 NETWORK = {
     "kind": "wan",
@@ -33,11 +42,16 @@ NETWORK = {
     "time_scale": 1000.0,
     "positions": [1, 2, 2],
 }
-OBJECTIVES = {
-    "scm": {"scm_weight": 1.0, "dmd_weight": 0.0, "rollout_times": None},
-    "dmd": {"scm_weight": 0.0, "dmd_weight": 1.0, "rollout_times": [1.2, 0.9, 0.5]},
-    "rcm": {"scm_weight": 1.0, "dmd_weight": 0.5, "rollout_times": None},
+WEIGHTS = {  # consistency loss, and the weights of consistency, DMD and GAN
+    "scm": ("scm", 1.0, 0.0, 0.0),
+    "dcm": ("dcm", 1.0, 0.0, 0.0),
+    "meanflow": ("meanflow", 1.0, 0.0, 0.0),
+    "dmd": (None, 0.0, 1.0, 0.0),
+    "dmd2": (None, 0.0, 1.0, 1.0),
+    "rcm": ("scm", 1.0, 0.5, 0.0),
 }
+KEYS = "consistency", "consistency_weight", "dmd_weight", "gan_weight"
+ROLLOUT_TIMES = {"dmd": [1.2, 0.9, 0.5], "dmd2": [1.2, 0.9, 0.5]}
 WORDS, DIM = 3, 4 * 2 * 2
 
 
@@ -46,15 +60,27 @@ def configuration(name="rcm", **changes):
         "student_updates": 8,
         "batch": 3,
         "guidance": 2.0,
+        "guidance_form": "unconditional",
         "prompt_dropout": 0.2,
         "scm_time": {"name": "lognormal", "mean": -0.8, "std": 1.6},
         "dmd_time": {"name": "lognormal", "mean": 0.0, "std": 1.6},
+        "derivative": "exact",
+        "derivative_step": 1e-4,
         "tangent_constant": 0.1,
+        "tangent_normalisation": "norm",
+        "tangent_warmup_terms": "both",
+        "dcm_steps": 48,
+        "dcm_shift": 5.0,
+        "dcm_skip": 1,
+        "discriminator": {"layers": [0], "heads": 2, "critic_weight": 1.0},
         "max_rollout": 4,
+        "rollout_steps": "cycle",
         "tangent_warmup": 2,
         "scm_only": 1,
         "critic_warmup": 2,
         "student_every": 3,
+        "phase": "after_warmup",
+        "optimizer": "auto",
         "student_lr": 1e-2,
         "critic_lr": 1e-2,
         "lr_warmup": 2,
@@ -65,14 +91,21 @@ def configuration(name="rcm", **changes):
         "ema": 0.1,
         "state_every": 4,
         "preview_every": 3,
+        "profile": None,
         "wandb": "disabled",
     }
-    return {"seed": 5, "objective": {"name": name, **OBJECTIVES[name]}, "distillation": {**sections, **changes}}
+    weights = dict(zip(KEYS, WEIGHTS[name], strict=True))
+    return {
+        "seed": 5,
+        "objective": {"name": name, **weights, "rollout_times": ROLLOUT_TIMES.get(name)},
+        "distillation": {**sections, **changes},
+        "parallel": asdict(Parallel()),
+    }
 
 
-def network(seed):
+def network(seed, **options):
     torch.manual_seed(seed)
-    built = networks.build(NETWORK)
+    built = networks.build({**NETWORK, **options})
     nn.init.normal_(built.head.head.weight, std=0.1)
     return built
 
@@ -83,16 +116,20 @@ def run(folder, config, **options):
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
     data = LatentDataset([Sample(i, f"prompt {i}", i, draw(4, 1, 2, 2), draw(i % 3 + 1, 8)) for i in range(7)], {})
-    student = network(1)
+    name, settings = config["objective"]["name"], config["distillation"]
+    student, fake = network(1, second_time=name == "meanflow"), network(1)
+    if name == "dmd2":
+        fake = FakeScore(fake, width=16, layers=[0], heads=settings["discriminator"]["heads"])
     distill(
         config,
         student=student,
         teacher=network(1),
-        fake=network(1) if config["objective"]["name"] != "scm" else None,
+        fake=fake if config["objective"]["dmd_weight"] > 0 else None,
         data=data,
         null_text=torch.zeros(1, WORDS, 8),
         resume_dir=folder / "resume",
         metrics_path=folder / "metrics.jsonl",
+        mesh=start(device="cpu"),
         **options,
     )
     return student
@@ -100,7 +137,11 @@ def run(folder, config, **options):
 
 def final_state(folder):
     newest = max((folder / "resume").glob("0*"))
-    return torch.load(newest / "state.pt", weights_only=True)
+    values = read_json(newest / "manifest.json")["values"]
+    files = read_json(newest / "manifest.json")["files"]
+    tensors = {name: torch.empty_like(value, device="cpu") for name, value in described(newest, files).items()}
+    read_parts(newest, tensors)
+    return values | tensors
 
 
 def flat(tree, prefix=""):
@@ -148,22 +189,20 @@ class Killer:
 
     def __call__(self, count, note):
         self.left -= count
-        if self.left <= 0:
+        if self.left == 0:
             os.kill(os.getpid(), self.number)
 
 
 def killed_while_saving(nth):
-    """Let the n-th state be written by half before the process kills itself."""
-    save, count = torch.save, iter(range(1, 1000))
+    """Kill the process when the n-th state is on the disk but for its manifest."""
+    complete, count = States._complete, iter(range(1, 1000))
 
-    def half(value, path):
-        save(value, path)
+    def die(self, *rest):
         if next(count) == nth:
-            with Path(path).open("r+b") as file:
-                file.truncate(Path(path).stat().st_size // 2)
             os.kill(os.getpid(), signal.SIGKILL)
+        complete(self, *rest)
 
-    torch.save = half
+    States._complete = die
 
 
 if __name__ == "__main__":  # a run in a process of its own, which dies as told: FOLDER (step|save) N
@@ -193,17 +232,17 @@ def test_kill_9_at_any_step_changes_no_bit(whole, tmp_path, deaths):
     assert without_wall(tmp_path) == without_wall(whole[0])
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_saves_and_says_how_to_go_on(whole, tmp_path, capsys, number):
     handler = signal.getsignal(number)
     with pytest.raises(SystemExit) as leaving:
-        run(tmp_path, configuration(), advance=Killer(7, number))
+        run(tmp_path, configuration(), advance=Killer(6, number))  # noticed with the figures of the next one
     assert leaving.value.code == EXIT_INTERRUPTED
     (line,) = capsys.readouterr().err.splitlines()
     assert "after iteration 7 of 20" in line
     assert "run the same command again" in line
     assert signal.getsignal(number) is handler
-    assert final_state(tmp_path)["student"]["updates"] == 3
+    assert final_state(tmp_path)["student.updates"] == 3
     assert_equal(run(tmp_path, configuration()).state_dict(), whole[1].state_dict())
 
 
@@ -244,19 +283,29 @@ def test_previews_show_the_average(whole):
 
 def test_the_student_carries_the_average(whole):
     state = final_state(whole[0])
-    assert_equal(dict(whole[1].named_parameters()), state["ema"])
-    assert not torch.equal(state["ema"]["head.head.weight"], state["student"]["network"]["head.head.weight"])
+    averages = {name.removeprefix("ema."): value for name, value in state.items() if name.startswith("ema.")}
+    assert_equal(dict(whole[1].named_parameters()), averages)
+    assert not torch.equal(state["ema.head.head.weight"], state["student.network.head.head.weight"])
 
 
-@pytest.mark.parametrize("name", ["scm", "dmd"])
-def test_each_method_learns_alone_and_equally_long(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "losses"),
+    [
+        ("scm", {"scm_loss"}),
+        ("dcm", {"dcm_loss"}),
+        ("meanflow", {"meanflow_loss"}),
+        ("dmd", {"dmd_loss", "critic_loss"}),
+        ("dmd2", {"dmd_loss", "gan_loss", "critic_loss"}),
+    ],
+)
+def test_each_method_learns_alone_and_equally_long(tmp_path, name, losses):
     student = run(tmp_path, configuration(name, student_updates=5))
     table = rows(tmp_path)
     assert sum(row["role"] == "student" for row in table) == 5
-    assert len(table) == {"scm": 5, "dmd": 2 + 5 * 3}[name]
-    other = {"scm": "dmd_loss", "dmd": "scm_loss"}[name]
-    assert all(other not in row for row in table)
+    assert len(table) == 5 if losses.isdisjoint({"critic_loss"}) else 2 + 5 * 3
+    assert {key for row in table for key in row if key.endswith("_loss")} == losses
     assert not torch.equal(student.head.head.weight, network(1).head.head.weight)
+    assert all(math.isfinite(value) for row in table for value in row.values() if isinstance(value, float))
 
 
 def test_methods_see_the_same_data_and_noise(whole, tmp_path):
@@ -274,21 +323,55 @@ def test_the_seed_decides(tmp_path):
     assert losses[0] == losses[1] != losses[2]
 
 
-def test_positions_share_the_global_batch_out():
+def test_draws_depend_on_the_place_in_the_global_batch():
     settings = Settings.of(configuration(batch=6))
-    data = LatentDataset(
-        [Sample(i, "", i, torch.full((4, 1, 2, 2), float(i)), torch.ones(2, 8)) for i in range(20)], {}
-    )
 
-    def draws(positions):
-        batches = Batches(data, torch.zeros(1, WORDS, 8), settings, positions, torch.device("cpu"))
-        rollout = batches.rollout("student", 2, (4, 1, 2, 2))
+    def drawn(positions):
+        draws = Draws(torch.zeros(1, WORDS, 8), settings, positions, torch.device("cpu"))
+        rollout = draws.rollout("student", 2, (4, 1, 2, 2))
         assert rollout.times.shape[0] == 3  # the third update: three steps
-        return (*batches.samples("student", 2), rollout.times.T, rollout.noises.transpose(0, 1))
+        text = draws.drop(torch.ones(len(positions), WORDS, 8), "student", 2)
+        return text, rollout.times.T, rollout.noises.transpose(0, 1)
 
-    whole_batch = draws(range(6))
-    for one, part in zip(whole_batch, draws([1, 4]), strict=True):
+    whole_batch = drawn(range(6))
+    for one, part in zip(whole_batch, drawn([1, 4]), strict=True):
         assert torch.equal(part, one[[1, 4]])
+
+
+def test_lengths_of_rollouts():
+    def steps(kind):
+        settings = Settings.of(configuration(rollout_steps=kind))
+        draws = [Draws(torch.zeros(1, WORDS, 8), settings, [k], torch.device("cpu")) for k in (0, 1)]
+        lengths = [[one.rollout_steps("student", update) for update in range(400)] for one in draws]
+        assert lengths[0] == lengths[1]  # the same for all samples of a batch
+        return lengths[0]
+
+    assert steps("cycle") == [1, 2, 3, 4] * 100
+    counts = [steps("random").count(n) for n in range(6)]
+    assert counts[0] == counts[5] == 0
+    assert all(70 < count < 130 for count in counts[1:5])  # 100 each, give or take 3.5 deviations of 8.7
+
+
+@pytest.mark.parametrize(
+    ("batch", "groups", "micro", "expected"),
+    [
+        (5, 1, None, [[[0, 1, 2, 3, 4]]]),
+        (5, 1, 2, [[[0, 1], [2, 3], [4]]]),
+        (7, 2, 2, [[[0, 1], [2, 3]], [[4, 5], [6]]]),
+        (5, 2, None, [[[0, 1, 2]], [[3, 4]]]),
+    ],
+)
+def test_shares_of_a_batch(batch, groups, micro, expected):
+    assert [[list(part) for part in parts] for parts in shares(batch, groups, micro)] == expected
+
+
+@pytest.mark.parametrize(
+    ("batch", "groups", "micro", "message"),
+    [(2, 3, None, "batch is 2, but 3 groups"), (5, 2, 1, "do not make 3 micro-batches everywhere")],
+)
+def test_batches_that_cannot_be_shared_out(batch, groups, micro, message):
+    with pytest.raises(UserError, match=message):
+        shares(batch, groups, micro)
 
 
 @pytest.mark.parametrize(
@@ -298,6 +381,7 @@ def test_positions_share_the_global_batch_out():
         ("dmd", {"max_rollout": 5}, "need 4 rollout_times"),
         ("scm", {"batsh": 3}, "unknown in the sections objective and distillation: batsh"),
         ("scm", {"lr_decay": "linear"}, "constant or cosine"),
+        ("scm", {"phase": "late"}, "after_warmup or paper or reference"),
         ("scm", {"student_every": 0}, "at least 1"),
     ],
 )
@@ -309,7 +393,7 @@ def test_impossible_settings_are_one_sentence(name, changes, message):
 @pytest.mark.parametrize("experiment", ["tiny-images", "tiny-clips"])
 def test_the_shipped_configurations_sit_at_the_balance_of_the_paper(experiment):
     updates = set()
-    for name in OBJECTIVES:
+    for name in WEIGHTS:
         config = compose([f"experiment={experiment}", f"objective={name}"])
         settings = Settings.of(config)
         assert settings.name == name
@@ -317,14 +401,14 @@ def test_the_shipped_configurations_sit_at_the_balance_of_the_paper(experiment):
         if name == "rcm":
             latent_frames = 1 + (config["frames"] - 1) // config["codec"]["stride"]
             elements = config["codec"]["channels"] * latent_frames * 3 * 3
-            assert 5 <= settings.dmd_weight / settings.scm_weight * math.sqrt(elements) <= 14.2
+            assert 5 <= settings.dmd_weight / settings.consistency_weight * math.sqrt(elements) <= 14.2
     assert len(updates) == 1  # methods are compared at equal student updates
 
 
 def test_name_and_weights_must_agree():
     config = configuration("scm")
     config["objective"]["dmd_weight"] = 0.5
-    with pytest.raises(UserError, match=r"objective scm does not have scm_weight 1 and dmd_weight 0\.5"):
+    with pytest.raises(UserError, match=r"objective scm does not have .* consistency_weight 1, dmd_weight 0\.5"):
         Settings.of(config)
 
 
@@ -347,5 +431,5 @@ def test_gradients_are_not_clipped():
         learner = Learner(layer, 0.1, 10, Settings.of(configuration()))
         layer.weight.grad = torch.tensor([[3.0, 4.0]]) * scale
         assert learner.update()["gradient_norm"] == pytest.approx(5 * scale)
-        moment = learner.optimizer.state[layer.weight]["exp_avg_sq"]
+        moment = learner.state()["optimizer"]["weight"]["exp_avg_sq"]
         torch.testing.assert_close(moment, torch.tensor([[9.0, 16.0]]) * scale**2 * 0.001)

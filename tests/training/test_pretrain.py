@@ -46,13 +46,13 @@ def test_a_run_that_was_killed_ends_like_one_that_was_not(setting, tmp_path, mon
     class Killed(Exception):
         pass
 
-    def save_and_die(folder, step, *rest):
-        save(folder, step, *rest)
+    def save_and_die(states, step, tree):
+        save(states, step, tree)
         if step == 4:
             raise Killed
 
-    save = module.save_state
-    monkeypatch.setattr(module, "save_state", save_and_die)
+    save = module.States.save
+    monkeypatch.setattr(module.States, "save", save_and_die)
     with pytest.raises(Killed):
         trained(setting, tmp_path / "killed")
     monkeypatch.undo()

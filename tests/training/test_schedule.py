@@ -22,6 +22,24 @@ def test_alternation_is_that_of_algorithm_1(model):
     assert [schedule.is_student(i) for i in turns] == [i <= warmup or i % every == 0 for i in turns]
 
 
+@pytest.mark.parametrize("phase", ["after_warmup", "paper", "reference"])
+@pytest.mark.parametrize(("warmup", "every"), [(0, 5), (4, 3), (6, 3), (7, 4)])
+def test_phases_are_those_of_paper_and_code(phase, warmup, every):
+    student = warmup + 5
+    schedule = Schedule(student, sole=warmup, every=every, phase=phase)
+    turns = {
+        "after_warmup": lambda i: i <= warmup or (i - warmup) % every == 0,
+        "paper": lambda i: i <= warmup or i % every == 0,  # counted from 1
+        "reference": lambda i: i - 1 < warmup or (i - 1 - warmup) % every == 0,  # the code counts from 0
+    }[phase]
+    expected = [i for i in range(1, 100) if turns(i)][:student]
+    assert [i for i in range(1, schedule.iterations + 1) if schedule.is_student(i)] == expected
+    assert schedule.iterations == expected[-1]
+    assert schedule.critic_updates == expected[-1] - student
+    # the code's DMD begins when its count from 0 exceeds H
+    assert schedule.alone == warmup + (phase == "reference" and warmup > 0)
+
+
 def test_critic_warms_up_between_the_phases():
     schedule = Schedule(5, sole=2, critic_warmup=3, every=2)
     turns = "".join("S" if schedule.is_student(i) else "c" for i in range(1, schedule.iterations + 1))

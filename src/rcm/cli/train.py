@@ -3,7 +3,8 @@
 import shutil
 from argparse import Namespace
 from collections.abc import Callable, Mapping
-from copy import deepcopy
+from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,16 @@ from rcm.artefact import UserError, atomic_file, atomic_folder, beside, content_
 from rcm.checkpoints import export_safetensors, load_dcp, load_into, load_pth, save_dcp, save_pth
 from rcm.cli.config import compose
 from rcm.cli.models import EXPORTED, codec, jobs_of, latent_shape, network, noise_of
+from rcm.cli.networks import open_networks, student_settings
 from rcm.cli.pictures import grid, png
 from rcm.cli.progress import Progress
 from rcm.cli.sources import code_digest
 from rcm.codecs import to_pixels
 from rcm.data.shards import read_shards
+from rcm.parallel import Mesh, start
 from rcm.sampling import consistency_sample, few_step_times
+from rcm.training.distill import Preview
+from rcm.training.settings import Parallel, Settings
 from rcm.training.state import remove_states
 
 PREVIEW_COLUMNS = 6  # samples of each prompt in a preview
@@ -62,42 +67,52 @@ def pretrain(arguments: Namespace) -> None:
 
 
 def distill(arguments: Namespace) -> None:
-    """Distil a teacher on the synthetic data, from where an earlier call was stopped."""
-    from rcm.training.distill import Settings
+    """Distil a teacher on the synthetic data, from where an earlier call was stopped; every rank runs this."""
     from rcm.training.distill import distill as train
+    from rcm.training.learner import optimizer_kind
 
     config = compose(arguments.overrides)
+    settings, parallel = Settings.of(config), Parallel.of(config)
+    mesh = start(replicate=parallel.replicate, shard=parallel.shard, context=parallel.context, timeout=parallel.timeout)
     numbers = {key: config[key] for key in ("network", "text", "objective", "distillation")}
+    numbers["parallel"] = {"precision": parallel.precision}
     inputs = [arguments.teacher, *arguments.data]
     outputs, seed = (arguments.out, arguments.previews), config["seed"]  # metrics hold times, so they have no identity
-    with recording(*outputs, stage="distill", inputs=inputs, config=numbers, seed=seed) as facts:
-        data = read_shards(arguments.data)
+    with ExitStack() as stack:
+        main = mesh.is_main  # what is written and shown is rank 0's
+        noted = recording(*outputs, stage="distill", inputs=inputs, config=numbers, seed=seed) if main else None
+        facts = stack.enter_context(noted) if noted else {}
+        data = read_shards(arguments.data, group=mesh.group)
         if data.samples[0].latents_CTHW.shape != latent_shape(config):
             raise UserError(
                 f"{arguments.data[0]} holds latents of another shape than this experiment has; make it again"
             )
-        shards = [content_sha256(path) for path in arguments.data]
-        inputs_of_state = {"teacher": content_sha256(arguments.teacher), "data": shards, "code": code_digest("distill")}
-        teacher = network(config["network"], load_dcp(arguments.teacher), arguments.teacher)
-        student, fake = (deepcopy(teacher).train().requires_grad_(True) for _ in range(2))
-        iterations = Settings.of(config).schedule.iterations
-        with Progress("distill", iterations, "iterations") as progress:
-            train(
-                {**config, "inputs": inputs_of_state},
-                student=student,
-                teacher=teacher,
-                fake=None if config["objective"]["name"] == "scm" else fake,
-                data=data,
-                null_text=rcm.text.build(config["text"]).encode([""]),
-                resume_dir=arguments.resume,
-                metrics_path=arguments.metrics,
-                preview=_previewer(config, arguments.codec, arguments.resume / "previews"),
-                advance=progress.advance,
-            )
-        _copy_folder(arguments.resume / "previews", arguments.previews)
-        save_dcp(arguments.out, student.state_dict())
-        facts["iterations"] = iterations
-    remove_states(arguments.resume)
+        made_of = {"teacher": content_sha256(arguments.teacher), "data": [*data.sha256], "code": code_digest("distill")}
+        networks = open_networks(config, arguments.teacher, mesh)
+        iterations = settings.schedule.iterations
+        progress = stack.enter_context(Progress("distill", iterations, "iterations")) if main else None
+        train(
+            {**config, "inputs": made_of},
+            **networks._asdict(),
+            data=data,
+            null_text=rcm.text.build(config["text"]).encode([""]),
+            resume_dir=arguments.resume,
+            metrics_path=arguments.metrics,
+            mesh=mesh,
+            preview=_previewer(config, arguments.codec, arguments.resume / "previews", mesh),
+            advance=progress.advance if progress else None,
+        )
+        if main:
+            _copy_folder(arguments.resume / "previews", arguments.previews)
+        save_dcp(arguments.out, networks.student.state_dict(), mesh)
+        facts |= {
+            "iterations": iterations,
+            "optimizer": optimizer_kind(settings.optimizer, mesh.device.type),
+            "parallel": {**asdict(parallel), **asdict(mesh.layout)},
+        }
+    if mesh.is_main:
+        remove_states(arguments.resume)
+    mesh.close()
 
 
 def _copy_folder(source: Path, out: Path) -> None:
@@ -107,11 +122,11 @@ def _copy_folder(source: Path, out: Path) -> None:
             shutil.copyfile(path, folder / path.name)
 
 
-Preview = Callable[[int, Callable[..., Tensor]], None]  # (update, denoiser) -> nothing
+def _previewer(config: Mapping[str, Any], codec_path: Path, folder: Path, mesh: Mesh) -> Preview:
+    """What draws a grid of samples during training: a row a task of GenEval, always the same noise.
 
-
-def _previewer(config: Mapping[str, Any], codec_path: Path, folder: Path) -> Preview:
-    """What draws a grid of samples during training: a row a task of GenEval, always the same noise."""
+    Every rank computes it, as the network is shared over them; rank 0 writes.
+    """
     from rcm.data.prompts import VOCABULARIES, evaluation_suite
 
     common, sampler, seed = config["prompts"], config["sampler"], config["suites"]["dev"]["seed"]
@@ -119,16 +134,18 @@ def _previewer(config: Mapping[str, Any], codec_path: Path, folder: Path) -> Pre
         VOCABULARIES[common["vocabulary"]], seed=seed, per_task=1, media=config["media"], still=common["still"]
     )
     jobs = jobs_of("1-of-1", len(captions), PREVIEW_COLUMNS)
-    text_BLD = rcm.text.build(config["text"]).encode([captions[prompt]["prompt"] for prompt, _ in jobs])
+    prompts = [captions[prompt]["prompt"] for prompt, _ in jobs]
+    text_BLD = rcm.text.build(config["text"]).encode(prompts).to(mesh.device)
     times = few_step_times(**sampler, steps=1 + len(sampler["mid_times"]))
-    noises = [noise_of(jobs, latent_shape(config), seed=seed, step=k) for k in range(len(times))]
+    noises = [noise_of(jobs, latent_shape(config), seed=seed, step=k).to(mesh.device) for k in range(len(times))]
     decoder = codec(config["codec"], codec_path)
 
     def preview(update: int, denoise: Callable[..., Tensor]) -> None:
-        latents = consistency_sample(lambda x, t: denoise(x, t, text_BLD), times, noises)
-        frames: np.ndarray = to_pixels(decoder.decode(latents))
-        with atomic_file(folder / f"{update:06d}.png") as path:
-            path.write_bytes(png(grid(frames.reshape(len(captions), PREVIEW_COLUMNS, *frames.shape[1:]))))
+        latents = consistency_sample(lambda x, t: denoise(x, t, text_BLD), times, noises).cpu()
+        if mesh.is_main:
+            frames: np.ndarray = to_pixels(decoder.decode(latents))
+            with atomic_file(folder / f"{update:06d}.png") as path:
+                path.write_bytes(png(grid(frames.reshape(len(captions), PREVIEW_COLUMNS, *frames.shape[1:]))))
 
     return preview
 
@@ -140,10 +157,11 @@ def export(arguments: Namespace) -> None:
         raise UserError(f"--out must end in .safetensors, got {str(arguments.out)!r}")
     plain = arguments.out.with_suffix(".pth")
     settings = {key: config[key] for key in EXPORTED} | {"objective": config["objective"], "seed": config["seed"]}
+    settings["network"] = student_settings(config)
     outputs, seed = (arguments.out, plain), config["seed"]
     with recording(*outputs, stage="export", inputs=[arguments.student], config=settings, seed=seed):
         state = load_dcp(arguments.student)
-        network(config["network"], state, arguments.student)
+        network(settings["network"], state, arguments.student)
         settings["student_sha256"] = content_sha256(arguments.student)
         export_safetensors(arguments.out, state, settings)
         save_pth(plain, state)

@@ -5,7 +5,9 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from .sharded import local
 
 
 def exponent(length: float) -> float:
@@ -38,31 +40,22 @@ class PowerEMA:
     @torch.no_grad()
     def step(self, update: int) -> None:
         """Take in the weights after update number `update`, counted from 1."""
-        torch._foreach_lerp_(list(self.average.values()), list(self.parameters.values()), 1 - self.decay(update))
+        average, now = ([local(x) for x in tensors.values()] for tensors in (self.average, self.parameters))
+        torch._foreach_lerp_(average, now, 1 - self.decay(update))
 
     @torch.no_grad()
     def copy_to_network(self) -> None:
         """Give the network the averaged weights."""
         for name, parameter in self.parameters.items():
-            parameter.copy_(self.average[name])
+            local(parameter).copy_(local(self.average[name]))
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """The network carries the averaged weights inside the `with` block, its own again behind it."""
-        own = [p.detach().clone() for p in self.parameters.values()]
+        own = [local(p).clone() for p in self.parameters.values()]
         self.copy_to_network()
         try:
             yield
         finally:
-            with torch.no_grad():
-                for parameter, value in zip(self.parameters.values(), own, strict=True):
-                    parameter.copy_(value)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return self.average
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        if state.keys() != self.average.keys():
-            raise ValueError("the averaged weights belong to another network")
-        for name, value in state.items():
-            self.average[name].copy_(value)
+            for parameter, value in zip(self.parameters.values(), own, strict=True):
+                local(parameter).copy_(value)

@@ -8,7 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
 from rcm.artefact import UserError
+from rcm.parallel import Mesh
 
 
 class MetricsLog:
@@ -19,11 +24,17 @@ class MetricsLog:
 
     def __init__(self, path: Path, *, step: int = 0, wandb: str = "disabled", config: Mapping[str, Any] | None = None):
         """Rows behind `step` are cut off. `wandb` is disabled, offline or online; `config` is shown there."""
+        self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         keep = _bytes_up_to(path, step)
         self._file = path.open("ab")
         self._file.truncate(keep)
         self._wandb = None if wandb == "disabled" else _wandb_run(wandb, config)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All rows so far."""
+        self._file.flush()
+        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
 
     def write(self, step: int, row: Mapping[str, Any]) -> None:
         """Append the row of a step; figures that are not finite become null."""
@@ -42,6 +53,30 @@ class MetricsLog:
         self._file.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def totals(sums: Mapping[str, Tensor], mesh: Mesh) -> dict[str, float]:
+    """Sums over all ranks, in one message and fetched from the device at once.
+
+    Ranks of one context group hold the figures of the same samples, which count once. Keys that begin with a dot are
+    those of a rank: they count always.
+    """
+    once = mesh.context_rank == 0
+    own = [x.double() if once or key.startswith(".") else torch.zeros_like(x, dtype=float) for key, x in sums.items()]
+    values = torch.stack([x.to(mesh.device) for x in own])
+    if mesh.group is not None:
+        dist.all_reduce(values, group=mesh.group)
+    return dict(zip(sums, values.tolist(), strict=True))
+
+
+def means(sums: Mapping[str, float], batch: int) -> dict[str, float]:
+    """Figures of a step: `x_y_sum` becomes `x_y`, its mean over those of the batch that `x_nan` does not count."""
+    return {
+        key.removesuffix("_sum"): value / max(1, batch - sums.get(f"{key.split('_')[0]}_nan", 0))
+        if key.endswith("_sum")
+        else value
+        for key, value in sums.items()
+    }
 
 
 def _bytes_up_to(path: Path, step: int) -> int:

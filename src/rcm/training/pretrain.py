@@ -16,12 +16,13 @@ from rcm.codecs import CellCodec, from_pixels
 from rcm.data import prompts, world
 from rcm.data.shards import batch_indices
 from rcm.flow import per_sample, time_distribution, trig_to_rf
+from rcm.parallel import Mesh
 from rcm.text import WordEncoder
 
 from .ema import PowerEMA
 from .metrics import MetricsLog
 from .schedule import learning_rate
-from .state import load_state, save_state
+from .state import States, optimizer_state
 
 _CHUNK = 2000  # scenes drawn at once
 
@@ -100,43 +101,43 @@ def pretrain(
         network.parameters(), lr=s["lr"], betas=(0.9, s["beta2"]), weight_decay=s["weight_decay"], fused=True
     )
     ema = PowerEMA(network, s["ema"])
-    first = 1
-    if (found := load_state(resume_dir, identity)) is not None:
-        first, state = found[0] + 1, found[1]
-        network.load_state_dict(state["network"])
-        optimizer.load_state_dict(state["optimizer"])
-        ema.load_state_dict(state["ema"])
     if len(scenes.latents) < s["batch"]:
         raise UserError(f"pretrain.scenes is {len(scenes.latents)}, but a batch takes {s['batch']}")
-    metrics = MetricsLog(metrics_path, step=first - 1)
-    began = time.monotonic()
-    if advance is not None:
-        advance(first - 1, "")
-    positions = range(s["batch"])
-    for i in range(first, s["iterations"] + 1):
-        chosen = torch.tensor(batch_indices(len(scenes.latents), s["batch"], s["seed"], i))
-
-        def uniform(purpose: str, step: int = i) -> Tensor:
-            return randomness.uniform((), seed=s["seed"], purpose=purpose, step=step, indices=positions)
-
-        x0 = scenes.latents[chosen]
-        noise = randomness.normal(x0.shape[1:], seed=s["seed"], purpose="noise", step=i, indices=positions)
-        rows = torch.where(uniform("dropout") < s["prompt_dropout"], len(scenes.texts) - 1, scenes.captions[chosen])
-        r_B = trig_to_rf(times.quantile(uniform("time")))
-        loss = flow_matching_loss(network, x0, noise, r_B, scenes.texts[rows])
-        optimizer.zero_grad()
-        loss.backward()
-        rate = learning_rate(s["lr"], i, s["iterations"], s["lr_warmup"], "cosine")
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-        ema.step(i)
-        metrics.write(i, {"loss": loss.item(), "lr": rate, "wall": {"seconds": round(time.monotonic() - began, 3)}})
-        if i % s["state_every"] == 0 and i < s["iterations"]:
-            metrics.flush()
-            tensors = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema.state_dict()}
-            save_state(resume_dir, i, tensors, identity)
+    with States(resume_dir, identity, Mesh(None, torch.device("cpu"))) as states:
+        state = {
+            "network": network.state_dict(),
+            "optimizer": optimizer_state(network, optimizer),
+            "ema": ema.average,
+        }
+        done = states.load(state) or 0
+        metrics = MetricsLog(metrics_path, step=done)
+        began = time.monotonic()
         if advance is not None:
-            advance(1, f"loss {loss.item():.4f}")
-    metrics.close()
+            advance(done, "")
+        positions = range(s["batch"])
+        for i in range(done + 1, s["iterations"] + 1):
+            chosen = torch.tensor(batch_indices(len(scenes.latents), s["batch"], s["seed"], i))
+
+            def uniform(purpose: str, step: int = i) -> Tensor:
+                return randomness.uniform((), seed=s["seed"], purpose=purpose, step=step, indices=positions)
+
+            x0 = scenes.latents[chosen]
+            noise = randomness.normal(x0.shape[1:], seed=s["seed"], purpose="noise", step=i, indices=positions)
+            rows = torch.where(uniform("dropout") < s["prompt_dropout"], len(scenes.texts) - 1, scenes.captions[chosen])
+            r_B = trig_to_rf(times.quantile(uniform("time")))
+            loss = flow_matching_loss(network, x0, noise, r_B, scenes.texts[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            rate = learning_rate(s["lr"], i, s["iterations"], s["lr_warmup"], "cosine")
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            ema.step(i)
+            metrics.write(i, {"loss": loss.item(), "lr": rate, "wall": {"seconds": round(time.monotonic() - began, 3)}})
+            if i % s["state_every"] == 0 and i < s["iterations"]:
+                metrics.flush()
+                states.save(i, state)
+            if advance is not None:
+                advance(1, f"loss {loss.item():.4f}")
+        metrics.close()
     ema.copy_to_network()

@@ -8,22 +8,34 @@ from dataclasses import dataclass
 class Schedule:
     """Alternation of student and critic over iterations 1, 2, ...
 
-    The first `sole` student updates follow one another (sCM alone acts); then come `critic_warmup` updates of the
-    critic; then the student learns at every `every`-th iteration and the critic at the others. This is the paper's
-    Algorithm 1, `i <= H or i mod F == 0`, with i counted from the end of the warm-up, so that the critic always has
-    F - 1 updates before a student's; both agree where F divides H, as it does in the paper's Table 4.
+    The first `sole` student updates (H) follow one another, by the consistency loss alone; then come `critic_warmup`
+    updates of the critic, which count for nothing else; then the student learns at every `every`-th (F-th) iteration
+    and the critic at the others. Which ones are the student's says `phase`, with i counted without critic warm-up:
+
+        after_warmup   (i - H) mod F = 0: F - 1 updates of the critic before each of the student's with DMD
+        paper          i mod F = 0 (arXiv 2510.08431, algorithm 1); the same where F divides H, as in its table 4
+        reference      (i - H - 1) mod F = 0: the public code, which counts from 0. Its first update behind H
+                       comes before any of the critic and is without DMD too
     """
 
     student_updates: int
     sole: int = 0
     critic_warmup: int = 0
     every: int = 1
+    phase: str = "after_warmup"
+
+    @property
+    def alone(self) -> int:
+        """Updates of the student without DMD."""
+        return self.sole + (self.phase == "reference" and self.sole > 0)
 
     @property
     def iterations(self) -> int:
         """The last iteration, which is the last update of the student."""
         joint = self.student_updates - self.sole
-        return self.student_updates if joint <= 0 else self.sole + self.critic_warmup + joint * self.every
+        if joint <= 0:
+            return self.student_updates
+        return self.sole + self.critic_warmup + joint * self.every - self._early
 
     @property
     def critic_updates(self) -> int:
@@ -33,7 +45,12 @@ class Schedule:
         if iteration <= self.sole:
             return True
         since = iteration - self.sole - self.critic_warmup
-        return since > 0 and since % self.every == 0
+        return since > 0 and (since + self._early) % self.every == 0
+
+    @property
+    def _early(self) -> int:
+        """By how many iterations the student's turns come earlier than after_warmup's."""
+        return {"after_warmup": 0, "paper": self.sole % self.every, "reference": self.every - 1}[self.phase]
 
 
 def learning_rate(peak: float, update: int, updates: int, warmup: int, decay: str) -> float:
