@@ -144,7 +144,7 @@ def write_metrics(path: Path, method: str, updates: int = 120) -> Path:
             critic = {"role": "critic", "update": update, "critic_loss": 90 / update**0.1 * rng.gamma(9, 1 / 9)}
             if method == "dmd2":
                 row |= {"gan_loss": 0.7 + rng.normal(0, 0.05)}
-                critic |= {"critic_gan_loss": 1.4 + rng.normal(0, 0.05)}
+                critic |= {"critic_gan": 1.4 + rng.normal(0, 0.05)}
             rows.append(critic | {"gradient_norm": 5 * rng.gamma(4, 0.25)})
         rows.append(row)
     path.parent.mkdir(parents=True, exist_ok=True)

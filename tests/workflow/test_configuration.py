@@ -41,8 +41,23 @@ def test_clips_differ_from_images_in_what_their_file_says() -> None:
         ("distillation.batch=0", ("distillation.batch", "0", "at least 1")),
         ("distillation.ema=1.0", ("distillation.ema", "1.0", "above 0 and below 0.2886")),
         ("experiment=tiny-image", ("experiment", '"tiny-image"', "tiny-images", "did you mean")),
-        ("objective=rmc", ("objective", '"rmc"', "dmd, rcm, scm")),
+        ("objective=rmc", ("objective", '"rmc"', "dmd2, meanflow, rcm, scm")),
         ("suite=reprot", ("suite", '"reprot"', "did you mean 'report'")),
+        ("objective=gan", ("objective", '"gan"', "dcm, dmd, dmd2, meanflow, rcm, scm")),
+        ("objective.consistency=null", ("objective.consistency", "null", "scm, dcm or meanflow")),
+        ("objective.gan_weight=1", ("objective.gan_weight", "1", "0 for objective.name rcm")),
+        ("objective.dmd_weight=0", ("objective.dmd_weight", "0", "a number above 0 for objective.name rcm")),
+        ("distillation.derivative=exct", ("distillation.derivative", "did you mean 'exact'")),
+        ("distillation.derivative_step=1", ("distillation.derivative_step", "of at most 0.1")),
+        ("distillation.dcm_skip=48", ("distillation.dcm_skip", "48", "distillation.dcm_steps (48)")),
+        ("distillation.profile=[3,2]", ("distillation.profile", "[3, 2]", "FIRST <= LAST")),
+        ("parallel.micro_batch=49", ("parallel.micro_batch", "49", "distillation.batch (48)")),
+        ("parallel.shard=0", ("parallel.shard", "0", "an integer of at least 1 or null")),
+        ("parallel.precision=float16", ("parallel.precision", '"float16"', "float32, bfloat16")),
+        ("parallel.recompute=block", ("parallel.recompute", "none, blocks, matmuls", "did you mean 'blocks'")),
+        ("parallel.offload=true", ("parallel.offload", "did you mean 'parallel.offload_teacher'")),
+        ("network.kind=wann", ("network.kind", '"wann"', "wan, cosmos")),
+        ("+network.rope_scale=[1,1,1]", ("network.rope_scale", "unknown")),
         ("distillation.lr_decay=cosin", ("distillation.lr_decay", "constant, cosine")),
         ("network.patch=[1,1]", ("network.patch", "[1, 1]", "length")),
         ("network.heads=5", ("network.width", "network.heads")),
@@ -77,6 +92,14 @@ def test_a_mistake_is_one_sentence(override: str, words: tuple[str, ...]) -> Non
 def test_mistakes_of_several_keys() -> None:
     with pytest.raises(UserError, match=r"'objective.rollout_times' is \[1.3\]; allowed: null, or at least 3 times"):
         compose(["objective=dmd", "sampler.mid_times=[1.3]"])
+    for mistake, words in {
+        "objective.gan_weight=0": "'objective.gan_weight' is 0; allowed: a number above 0 for objective.name dmd2",
+        "objective.consistency=scm": "'objective.consistency' is \"scm\"; allowed: null for objective.name dmd2",
+        "distillation.discriminator.layers=[1,4]": r"layers' is \[1, 4\]; allowed: .* from 0 to 3",
+        "distillation.discriminator.heads=3": r"heads' is 3; allowed: a divisor of network.width \(128\)",
+    }.items():
+        with pytest.raises(UserError, match=words):
+            compose(["objective=dmd2", mistake])
     tasks = compose()["pretrain"]["weights"]
     with pytest.raises(UserError, match=r"'pretrain.weights'.*at least one above 0"):
         compose([f"pretrain.weights.{task}=0" for task in tasks])
@@ -86,6 +109,9 @@ def test_what_is_allowed_composes() -> None:
     compose(["distillation.student_updates=50", "distillation.scm_only=20"])  # the example in the documents
     compose(["objective=scm", "distillation.student_updates=50"])
     compose(["sampler.mid_times=[1.3,1.0,1.0,0.6,0.6,0.3,0.3]"])  # the paper's eight steps
+    compose(["objective=rcm", "objective.consistency=dcm"])
+    compose(["distillation.discriminator.layers=[4]"])  # DMD2's alone
+    compose(["parallel.replicate=2", "parallel.shard=4", "parallel.context=2", "distillation.profile=[2, 2]"])
     times = "distillation.scm_time"
     compose([f"{times}.name=shifted_uniform", f"+{times}.shift=3", f"~{times}.mean", f"~{times}.std"])
 
@@ -112,7 +138,9 @@ def test_a_mistake_in_a_file_is_one_sentence(
     line: str, words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(ROOT / "config", tmp_path / "config")
-    (tmp_path / "config/objective/rcm.yaml").write_text(f"name: rcm\nscm_weight: 1\ndmd_weight: 1\n\n\n{line}\n")
+    (tmp_path / "config/objective/rcm.yaml").write_text(
+        f"name: rcm\nconsistency_weight: 1\ndmd_weight: 1\n\n\n{line}\n"
+    )
     monkeypatch.setenv("RCM_CONFIG_DIR", str(tmp_path / "config"))
     with pytest.raises(UserError) as error:
         compose()
@@ -135,9 +163,10 @@ def pipeline_schema() -> dict:
         ({"foo": 1}, ("'foo'", "1", "unknown", "scale")),
         ({"step": [1]}, ("'step'", "did you mean 'steps'")),
         ({"clips": "most"}, ("'clips'", '"most"', "rcm, all")),
-        ({"methods": ["scm", "gan"]}, ("'methods.1'", '"gan"', "scm, dmd, rcm")),
+        ({"methods": ["scm", "gan"]}, ("'methods.1'", '"gan"', "scm, dcm, meanflow, dmd, dmd2, rcm")),
         ({"methods": []}, ("'methods'", "[]", "at least 1")),
         ({"steps": [0]}, ("'steps.0'", "0", "at least 1")),
+        ({"nproc": 1.5}, ("'nproc'", "1.5", "an integer of at least 1")),
         ({"steps": 4}, ("'steps'", "4", "a list")),
         ({"seeds": [0, 0]}, ("'seeds'", "all different")),
         ({"scatter": {"synthesize": 2, "report": 2}}, ("'scatter.diversity'", "missing")),
@@ -149,6 +178,37 @@ def test_a_mistake_in_the_pipeline_is_one_sentence(change: dict, words: tuple[st
         validate(pipeline() | change, pipeline_schema())
     for word in words:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize("name", [name for name in options("network") if name != "wan-tiny"])
+def test_the_networks_of_the_paper_fit_the_schema(name: str) -> None:
+    network = yaml.safe_load((ROOT / f"config/network/{name}.yaml").read_text(encoding="utf-8"))
+    schema = read_schema(ROOT / "config/schema.json")
+    tree = compose()
+    validate({**tree, "network": network}, schema)
+    with pytest.raises(UserError, match=r"'network\.width' is missing"):
+        validate({**tree, "network": {key: network[key] for key in network if key != "width"}}, schema)
+
+
+def test_each_choice_where_paper_and_code_differ_is_explained() -> None:
+    """A comment beside the key names every allowed value; its default is the first that the schema lists."""
+    lines = (ROOT / "config/experiment/tiny-images.yaml").read_text(encoding="utf-8").splitlines()
+    schema, tree = read_schema(ROOT / "config/schema.json"), compose()
+    found = 0
+    for section in ("distillation", "parallel"):
+        start = next(i for i, line in enumerate(lines) if line.startswith(f"{section}:"))
+        for key, said in schema["properties"][section]["properties"].items():
+            if "enum" not in said or key == "lr_decay":
+                continue
+            at = next(i for i in range(start, len(lines)) if lines[i].startswith(f"  {key}:"))
+            end = next(i for i in range(at + 1, len(lines)) if not lines[i].startswith(" " * 20))
+            comment = " ".join(line.partition("#")[2] for line in lines[at:end])
+            missing = [value for value in said["enum"] if value not in f"{comment} {tree[section][key]}"]
+            assert not missing, (key, missing)
+            if key != "wandb":
+                assert tree[section][key] == said["enum"][0]
+            found += 1
+    assert found >= 10
 
 
 def test_every_key_of_the_pipeline_is_documented() -> None:

@@ -15,6 +15,7 @@ RULES = {
     *("download_transformer", "download_codec", "convert", "prompts", "synthesize", "distill", "export"),
     *("sample_student", "sample_teacher", "sample_control", "evaluate", "table1", "table2"),
     *("figure_samples", "figure_clips", "figure_quality_diversity", "figure_training", "report", "all"),
+    *("precision", "figure_precision"),
 }
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -56,16 +57,17 @@ def jobs(run: subprocess.CompletedProcess[str]) -> dict[str, int]:
 def test_default_target_lists_every_rule(snakemake: Run) -> None:
     found = jobs(snakemake("-n"))
     assert set(found) - {"total"} == RULES
-    # three methods for images, rCM for clips; at three steps each, report in two parts and diversity in one
-    assert (found["distill"], found["export"], found["sample_student"]) == (4, 4, 4 * 3 * 3)
+    # four methods for images, rCM for clips; at three steps each, report in two parts and diversity in one
+    assert (found["distill"], found["export"], found["sample_student"]) == (5, 5, 5 * 3 * 3)
     # teacher and three controls beside the students, for two media
-    assert found["evaluate"] == 4 * 3 + 2 * 4
+    assert found["evaluate"] == 5 * 3 + 2 * 4
     assert found["synthesize"] == 4
+    assert found["precision"] == 2  # of the teacher and of rCM, images
 
 
 def test_one_target_needs_its_own_jobs_only(snakemake: Run) -> None:
     found = jobs(snakemake("-n", "table2", "pretrain", "--config", "clips=all", "seeds=[0, 1]"))
-    assert found["distill"] == 3 * 2
+    assert found["distill"] == 4 * 2
     assert found["pretrain_teacher"] == 2
     assert not {"table1", "report", "figure_samples"} & set(found)
 
@@ -84,6 +86,13 @@ def test_lint(snakemake: Run) -> None:
         (("steps=[8]",), r"configuration key 'steps' is \[8\]; .*sampler.mid_times"),
         (("overrides=[distillation.student_updates=50]",), r"'distillation.scm_only' is 200; .*student_updates \(50\)"),
         (('overrides=["sampler.mid_times=[1.3]"]', "steps=[1]"), r"'objective.rollout_times' is \[1.3\]"),
+        (("nproc=0",), r"'nproc' is 0; allowed: an integer of at least 1"),
+        (("nproc=3", "overrides=[parallel.context=2]"), r"'nproc' is 3; .*parallel, 1 x whatever remains x 2"),
+        (("nproc=2", "overrides=[parallel.shard=1]"), r"'nproc' is 2; .*parallel, 1 x 1 x 1"),
+        (
+            ("methods=[dmd2]", 'overrides=["distillation.discriminator.layers=[9]"]', "clips=all"),
+            r"discriminator.layers'",
+        ),
         (("controls=[oracle]",), r"'controls' is \[\"oracle\"\]; .*missing: shuffled"),
     ],
 )
@@ -93,6 +102,46 @@ def test_a_mistake_is_one_sentence(snakemake: Run, words: tuple[str, ...], messa
     assert run.returncode == 1
     assert re.search(message, output), output
     assert "Traceback" not in output
+
+
+@pytest.fixture(scope="module")
+def trained(snakemake: Run, copy: Path) -> str:
+    """One file of a student that Snakemake takes for trained."""
+    clips, student = copy / "data/tiny/clips", copy / "data/tiny/clips/rcm-0"
+    for folder in (clips / "teacher", student / "dcp", student / "previews"):
+        folder.mkdir(parents=True)
+        (folder / "content").touch()
+    shards = [f"shards/{k}-of-2.tar{suffix}" for k in (1, 2) for suffix in ("", ".json")]
+    for name in ("checkpoints/transformer.pth", "../checkpoints/codec.pth", "prompts/train.jsonl", *shards):
+        (clips / name).parent.mkdir(parents=True, exist_ok=True)
+        (clips / name).touch()
+    target = student / "metrics.jsonl"
+    target.touch()
+    name = target.relative_to(copy).as_posix()
+    run = snakemake("--touch", "-c1", name)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return name
+
+
+def test_more_processes_train_nothing_again(snakemake: Run, trained: str) -> None:
+    free = 'overrides=[parallel.recompute=blocks, parallel.micro_batch=8, "distillation.profile=[1, 2]"]'
+    run = snakemake("-n", "-c2", trained, "--config", "nproc=2", free)
+    assert "Nothing to be done" in run.stdout + run.stderr, run.stdout + run.stderr
+    found = jobs(snakemake("-n", "-c2", trained, "--config", "nproc=2", "overrides=[parallel.precision=bfloat16]"))
+    assert found["distill"] == 1
+
+
+def test_processes_are_started_by_the_launcher(snakemake: Run, trained: str) -> None:
+    def command(*words: str) -> str:
+        run = snakemake("-n", "-p", trained, "-R", "distill", *words)
+        return next(
+            line for line in (run.stdout + run.stderr).splitlines() if " distill " in line and "--teacher" in line
+        )
+
+    assert "python -m rcm distill experiment=tiny-clips objective=rcm seed=0" in command("-c2")
+    several = "OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 python -m rcm.launch --standalone --nproc-per-node 2 -m rcm distill "
+    assert several in command("-c2", "--config", "nproc=2")
+    assert "python -m rcm distill " in command("-c1", "--config", "nproc=2")  # never more than cores are given
 
 
 def test_a_job_runs_again_when_its_numbers_or_its_code_change(snakemake: Run, copy: Path) -> None:

@@ -131,7 +131,7 @@ READS = {
 # ... except for these, which change no weights
 FREE = {
     "distill": {
-        "distillation": ("state_every", "preview_every", "wandb"),
+        "distillation": ("state_every", "preview_every", "profile", "wandb"),
         "parallel": (
             *("replicate", "shard", "context", "recompute", "tangent_pass", "micro_batch"),
             *("offload_teacher", "compile", "workers", "timeout"),

@@ -224,8 +224,9 @@ def _check_network(tree: Mapping[str, Any], require: Callable[[bool, str, str], 
     fits = all(size % step == 0 for size, step in zip(latents, patch, strict=True))
     require(fits, "network.patch", f"divisors of the latents {latents} along t, h, w")
     tokens = [size // step for size, step in zip(latents, patch, strict=True)]
-    fits = all(have >= need for have, need in zip(network["positions"] or tokens, tokens, strict=True))
-    require(fits, "network.positions", f"null, or at least the tokens {tokens} along t, h, w")
+    if network["kind"] == "wan":
+        fits = all(have >= need for have, need in zip(network["positions"] or tokens, tokens, strict=True))
+        require(fits, "network.positions", f"null, or at least the tokens {tokens} along t, h, w")
 
 
 def _check_schedule(tree: Mapping[str, Any], require: Callable[[bool, str, str], None]) -> None:
@@ -250,6 +251,8 @@ def _check_schedule(tree: Mapping[str, Any], require: Callable[[bool, str, str],
         require(len(fixed) >= need, "objective.rollout_times", allowed)
     skip, steps = settings["dcm_skip"], settings["dcm_steps"]
     require(skip < steps, "distillation.dcm_skip", f"an integer below distillation.dcm_steps ({steps})")
+    if (traced := settings["profile"]) is not None:
+        require(traced[0] <= traced[1], "distillation.profile", "null, or [FIRST, LAST] iteration, FIRST <= LAST")
     micro, batch = tree["parallel"]["micro_batch"], settings["batch"]
     fits = micro is None or micro <= batch
     require(fits, "parallel.micro_batch", f"null, or an integer of at most distillation.batch ({batch})")

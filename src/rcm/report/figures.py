@@ -333,7 +333,7 @@ _CURVES = (  # role, key, heading, whether the scale is logarithmic; what no run
     ("student", "dmd_loss", "DMD loss", True),
     ("student", "gan_loss", "GAN loss, student", False),
     ("critic", "critic_loss", "Critic loss", True),
-    ("critic", "critic_gan_loss", "GAN loss, critic", False),
+    ("critic", "critic_gan", "GAN loss, critic", False),
     ("critic", "gradient_norm", "Gradient norm, critic", True),
 )
 _COLUMNS = 3  # of panels in the figure of training
