@@ -79,22 +79,17 @@ class MLP(nn.Module):
         return self.layer2(F.gelu(self.layer1(x_BSD)))
 
 
-class Modulation(nn.Sequential):
-    """Low-rank map from the time embedding to `vectors` modulation vectors, (B, P, D) -> (B, P, vectors, D).
+class WideLinear(nn.Linear):
+    """A linear layer that computes in the data type of its input, which may be wider than that of the weights."""
 
-    It computes in the data type of the time, which may be wider than that of its weights.
-    """
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
 
-    def __init__(self, width: int, rank: int, vectors: int):
-        down, up = nn.Linear(width, rank, bias=False), nn.Linear(rank, vectors * width, bias=False)
-        super().__init__(nn.SiLU(), down, up)
-        self.vectors = vectors
 
-    def forward(self, time_BPD: Tensor, shared_BP3D: Tensor) -> Tensor:
-        _, down, up = self
-        low = F.linear(F.silu(time_BPD), down.weight.to(time_BPD.dtype))
-        own = F.linear(low, up.weight.to(time_BPD.dtype)).unflatten(-1, (self.vectors, -1))
-        return own + shared_BP3D[:, :, : self.vectors]
+def modulation(width: int, rank: int, vectors: int) -> nn.Sequential:
+    """Low-rank map from the time embedding to modulation vectors, (B, P, D) -> (B, P, vectors, D)."""
+    down, up = WideLinear(width, rank, bias=False), WideLinear(rank, vectors * width, bias=False)
+    return nn.Sequential(nn.SiLU(), down, up, nn.Unflatten(-1, (vectors, width)))
 
 
 class Block(nn.Module):
@@ -106,21 +101,21 @@ class Block(nn.Module):
         self.self_attn = Attention(width, width, heads, eps)
         self.cross_attn = Attention(width, text_width, heads, eps)
         self.mlp = MLP(width, mlp_width)
-        self.adaln_modulation_self_attn = Modulation(width, adaln_width, 3)
-        self.adaln_modulation_cross_attn = Modulation(width, adaln_width, 3)
-        self.adaln_modulation_mlp = Modulation(width, adaln_width, 3)
+        self.adaln_modulation_self_attn = modulation(width, adaln_width, 3)
+        self.adaln_modulation_cross_attn = modulation(width, adaln_width, 3)
+        self.adaln_modulation_mlp = modulation(width, adaln_width, 3)
 
     def forward(
         self, x_BSD: Tensor, time_BPD: Tensor, shared_BP3D: Tensor, text_BLD: Tensor, cos_SD: Tensor, sin_SD: Tensor
     ) -> Tensor:
         dtype = x_BSD.dtype
-        shift, scale, gate = self.adaln_modulation_self_attn(time_BPD, shared_BP3D).unbind(2)
+        shift, scale, gate = (self.adaln_modulation_self_attn(time_BPD) + shared_BP3D).unbind(2)
         y = (self.norm(x_BSD) * (1 + scale) + shift).to(dtype)
         x_BSD = (x_BSD + self.self_attn(y, y, (cos_SD, sin_SD)) * gate).to(dtype)
-        shift, scale, gate = self.adaln_modulation_cross_attn(time_BPD, shared_BP3D).unbind(2)
+        shift, scale, gate = (self.adaln_modulation_cross_attn(time_BPD) + shared_BP3D).unbind(2)
         y = (self.norm(x_BSD) * (1 + scale) + shift).to(dtype)
         x_BSD = (x_BSD + self.cross_attn(y, text_BLD) * gate).to(dtype)
-        shift, scale, gate = self.adaln_modulation_mlp(time_BPD, shared_BP3D).unbind(2)
+        shift, scale, gate = (self.adaln_modulation_mlp(time_BPD) + shared_BP3D).unbind(2)
         y = (self.norm(x_BSD) * (1 + scale) + shift).to(dtype)
         return (x_BSD + self.mlp(y) * gate).to(dtype)
 
@@ -132,10 +127,10 @@ class Head(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(width, eps, elementwise_affine=False)
         self.linear = nn.Linear(width, patch_elements, bias=False)
-        self.adaln_modulation = Modulation(width, adaln_width, 2)
+        self.adaln_modulation = modulation(width, adaln_width, 2)
 
     def forward(self, x_BSD: Tensor, time_BPD: Tensor, shared_BP3D: Tensor) -> Tensor:
-        shift, scale = self.adaln_modulation(time_BPD, shared_BP3D).unbind(2)
+        shift, scale = (self.adaln_modulation(time_BPD) + shared_BP3D[:, :, :2]).unbind(2)
         return self.linear((self.norm(x_BSD) * (1 + scale) + shift).to(x_BSD.dtype))
 
 
@@ -219,11 +214,10 @@ class CosmosTransformer(nn.Module):
         return self.final_layer
 
     def reset_parameters(self) -> None:
-        """Matrices of standard deviation 1 / √inputs cut at 3, second low-rank matrices zero, as the official start."""
+        """Matrices N(0, 1 / inputs), second low-rank ones zero, as the official start, which cuts tails at 3 σ."""
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
-                std = module.in_features**-0.5
-                nn.init.trunc_normal_(module.weight, std=std, a=-3 * std, b=3 * std)
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
                 if "adaln_modulation" in name and name.endswith(".2"):
                     nn.init.zeros_(module.weight)
 
