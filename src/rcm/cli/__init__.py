@@ -8,8 +8,9 @@ module, and torch with it, is imported only when the stage runs, so that `--help
 import sys
 from importlib import import_module
 
-from rcm.artefact import UserError
+from rcm.artefact import UserError, reason
 from rcm.cli.parser import STAGES, overview, parse
+from rcm.cli.ranks import other_is_gone, rank, speaker, wait_for_the_end
 
 __all__ = ["main"]
 
@@ -34,8 +35,14 @@ def main(argv: list[str] | None = None) -> int:
         module, function = STAGES[name].where.split(":")
         getattr(import_module(module), function)(arguments)
     except UserError as mistake:
-        print(f"rcm {name}: error: {one_line(str(mistake))}", file=sys.stderr)
+        print(f"{speaker(f'rcm {name}')}: error: {one_line(str(mistake))}", file=sys.stderr)
         return 2
+    except RuntimeError as fault:
+        if not other_is_gone(fault):
+            raise
+        wait_for_the_end()
+        print(f"rcm {name} (rank {rank()}): error: another rank is gone ({reason(fault)})", file=sys.stderr)
+        return 1
     except OSError as fault:
         if fault.strerror is None:
             raise
