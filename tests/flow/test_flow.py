@@ -158,6 +158,30 @@ def test_guided_velocity(guidance: float) -> None:
         unconditional + guidance * (conditional - unconditional),
     )
     assert [len(x) for x, _, _ in network.calls] == [31 if guidance == 1 else 62]
+    network.calls.clear()
+    close(
+        flow.guided_velocity(wrapped, x, INNER, words, null, guidance - 1, "conditional"),
+        conditional + (guidance - 1) * (conditional - unconditional),
+    )
+    assert [len(x) for x, _, _ in network.calls] == [31 if guidance == 1 else 62]
+
+
+def test_a_second_time_reaches_the_network_in_the_unit_of_the_first() -> None:
+    seen: list[tuple[Tensor, ...]] = []
+
+    class TwoTimes(nn.Module):
+        time_scale = 10.0
+
+        def forward(self, x: Tensor, time: Tensor, text: Tensor, *second: Tensor) -> Tensor:
+            seen.append((time, *second))
+            return x
+
+    wrapped, s = Wrapped(TwoTimes()), INNER / 2
+    wrapped.velocity(points(), INNER, text(31), s)
+    wrapped.velocity(points(), INNER, text(31))
+    close(seen[0][1], (10 * s.sin() / (s.cos() + s.sin()))[:, None])
+    assert [len(times) for times in seen] == [2, 1]
+    assert torch.equal(seen[0][0], seen[1][0])
 
 
 U = np.array([1e-6, 0.01, 0.2, 0.5, 0.77, 0.999, 1 - 1e-9])

@@ -80,31 +80,82 @@ def test_tangent_is_the_derivative_along_the_guided_probability_flow(guidance: f
     assert norm(g).mean() > 0.05
 
 
+@pytest.mark.parametrize("terms", ["both", "position"])
 @pytest.mark.parametrize("warmup", [0.0, 0.3, 1.0])
-def test_warm_up_as_in_the_paper(warmup: float) -> None:
-    """g = -C √(1 - q² S²) (F - F*) - q C S (x + dF/dt), the derivative from `torch.func.jvp`."""
+def test_warm_up_as_in_the_paper_or_of_the_position_alone(warmup: float, terms: str) -> None:
+    """g = -C √(1 - q² S²) (F - F*) - q C S (x + dF/dt), or q C S x + C S dF/dt; dF/dt from `torch.func.jvp`."""
     student, teacher, x = Wrapped(Mlp(2)), Wrapped(Conditional()), point()
     target = guided_velocity(teacher, x, TIMES, CONDITION, NULL, 1.5)
     velocity, derivative = torch.func.jvp(
         lambda x, t: student.velocity(x, t, CONDITION), (x, TIMES), (target, torch.ones_like(TIMES))
     )
-    expected = -COS * (1 - warmup**2 * SIN**2).sqrt() * (velocity - target) - warmup * COS * SIN * (x + derivative)
-    _, g = scm_tangent(student, teacher, x, TIMES, CONDITION, NULL, guidance=1.5, warmup=warmup)
+    first = -COS * (1 - warmup**2 * SIN**2).sqrt() * (velocity - target)
+    expected = first - COS * SIN * (warmup * x + (warmup if terms == "both" else 1.0) * derivative)
+    _, g = scm_tangent(
+        student, teacher, x, TIMES, CONDITION, NULL, guidance=1.5, warmup=warmup, tangent_warmup_terms=terms
+    )
     torch.testing.assert_close(g, expected, rtol=1e-10, atol=1e-12)
 
 
-def test_gradient_is_the_normalised_tangent() -> None:
-    """dL/dF = -2 g / (‖g‖ + c) of each sample over the batch size; a change of v moves F by b = 1 / (C + S)."""
+def test_forms_of_guidance() -> None:
+    """F_c + s (F_c - F_u) pulls g = … + C² F* by C² (F_c - F_u) more than F_u + s (F_c - F_u), at q = 0."""
+    student, teacher, x = Wrapped(Mlp(2)), Wrapped(Conditional()), point()
+    _, usual = scm_tangent(student, teacher, x, TIMES, CONDITION, NULL, guidance=1.5, warmup=0.0)
+    _, stronger = scm_tangent(
+        student, teacher, x, TIMES, CONDITION, NULL, guidance=1.5, guidance_form="conditional", warmup=0.0
+    )
+    difference = teacher.velocity(x, TIMES, CONDITION) - teacher.velocity(x, TIMES, NULL.expand(BATCH, 1, 1))
+    torch.testing.assert_close(stronger - usual, COS * difference, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("tangent_pass", ["shared", "separate"])
+def test_parts_of_a_batch_add_up(tangent_pass: str) -> None:
+    network, x0, eps = Mlp(2), TWO_MODES.sample((BATCH, 2, 1, 1, 1), 3), noise()
+
+    def gradient(part: slice) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, metrics = scm_loss(
+            Wrapped(network), Wrapped(Conditional()), x0[part], eps[part], TIMES[part], CONDITION[part], NULL,
+            batch=BATCH, guidance=2.0, tangent_pass=tangent_pass,
+        )  # fmt: skip
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(network.layers.parameters()))]), metrics
+
+    whole, parts = gradient(slice(None)), [gradient(slice(0, 7)), gradient(slice(7, None))]
+    torch.testing.assert_close(parts[0][0] + parts[1][0], whole[0], rtol=1e-11, atol=1e-14)
+    for key, value in whole[1].items():
+        assert sum(part[1][key].item() for part in parts) == pytest.approx(value.item(), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"tangent_normalisation": "none"}, "tangent_normalisation is 'none', must be one of norm, squared_norm"),
+        ({"tangent_warmup_terms": "jvp"}, "tangent_warmup_terms is 'jvp', must be one of both, position"),
+        ({"tangent_pass": "two"}, "tangent_pass is 'two', must be one of shared, separate"),
+        ({"guidance_form": "cfg"}, "form of guidance is 'cfg', must be unconditional or conditional"),
+    ],
+)
+def test_unknown_choices_are_refused(option: dict[str, str], message: str) -> None:
+    given = Wrapped(Mlp(2)), Wrapped(Conditional()), noise(seed=1), noise(), TIMES, CONDITION, NULL
+    with pytest.raises(ValueError, match=message):
+        scm_loss(*given, batch=BATCH, guidance=2.0, **option)
+
+
+@pytest.mark.parametrize("normalisation", ["norm", "squared_norm"])
+def test_gradient_is_the_normalised_tangent(normalisation: str) -> None:
+    """dL/dF = -2 g / (‖g‖ + c) of each sample over the batch size, or -2 g / (‖g‖² + c); a change of v moves F by
+    b = 1 / (C + S)."""
     network, teacher = Mlp(2, batch=BATCH), Wrapped(Conditional())
-    x0, c = TWO_MODES.sample((BATCH, 2, 1, 1, 1), 3), 0.2
+    x0, c, batch = TWO_MODES.sample((BATCH, 2, 1, 1, 1), 3), 0.2, 3 * BATCH
     _, g = scm_tangent(Wrapped(network), teacher, COS * x0 + SIN * noise(), TIMES, CONDITION, NULL, guidance=2.0)
     loss, metrics = scm_loss(
-        Wrapped(network), teacher, x0, noise(), TIMES, CONDITION, NULL, batch=BATCH, guidance=2.0, tangent_constant=c
-    )
+        Wrapped(network), teacher, x0, noise(), TIMES, CONDITION, NULL,
+        batch=batch, guidance=2.0, tangent_constant=c, tangent_normalisation=normalisation,
+    )  # fmt: skip
     loss.backward()
-    expected = -2 * g / (norm(g).view(-1, 1, 1, 1, 1) + c) / BATCH / (COS + SIN)
+    length = norm(g) if normalisation == "norm" else norm(g) ** 2
+    expected = -2 * g / (length.view(-1, 1, 1, 1, 1) + c) / batch / (COS + SIN)
     torch.testing.assert_close(network.offset.grad, expected, rtol=1e-10, atol=1e-12)
-    assert loss.item() == pytest.approx((norm(g) / (norm(g) + c)).square().mean().item(), rel=1e-10)
+    assert loss.item() == pytest.approx((norm(g) / (length + c)).square().sum().item() / batch, rel=1e-10)
     assert metrics["scm_tangent_norm_sum"].item() == pytest.approx(norm(g).sum().item(), rel=1e-10)
     assert metrics["scm_nan"] == 0
 

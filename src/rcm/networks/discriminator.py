@@ -8,6 +8,7 @@ Shapes: B batch, S image tokens, D width; C channels, T frames, H × W latents.
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +57,7 @@ class FakeScore(nn.Module):
 
     def __init__(self, score: nn.Module, *, width: int, layers: Sequence[int], heads: int):
         super().__init__()
-        count = len(score.blocks)  # type: ignore[arg-type]
+        count = len(cast(nn.ModuleList, score.blocks))
         if not layers or list(layers) != sorted(set(layers)) or not 0 <= layers[0] <= layers[-1] < count:
             raise ValueError(f"layers of the discriminator are {list(layers)}, must rise from 0 to {count - 1} at most")
         self.score, self.layers = score, tuple(layers)
@@ -64,7 +65,7 @@ class FakeScore(nn.Module):
 
     @property
     def time_scale(self) -> float:
-        return self.score.time_scale  # type: ignore[return-value]
+        return cast(float, self.score.time_scale)
 
     def forward(self, latents_BCTHW: Tensor, time_BP: Tensor, text_BLD: Tensor) -> Tensor:
         """The score's velocity (B, C, T, H, W)."""
@@ -73,13 +74,14 @@ class FakeScore(nn.Module):
     @contextmanager
     def features(self, shape: Sequence[int]) -> Iterator[list[Tensor]]:
         """A list that a call inside, of latents (B, C, T, H, W) of that shape, fills with features (B, S, D)."""
-        tokens = math.prod(n // p for n, p in zip(shape[2:], self.score.patch, strict=True))  # type: ignore[arg-type]
+        score: Any = self.score
+        tokens = math.prod(n // p for n, p in zip(shape[2:], score.patch, strict=True))
         caught: list[Tensor] = []
 
         def catch(block: nn.Module, inputs: object, out_BSD: Tensor) -> None:
-            caught.append(self.score.gather(out_BSD, tokens))  # type: ignore[operator]
+            caught.append(score.gather(out_BSD, tokens))
 
-        hooks = [self.score.blocks[i].register_forward_hook(catch) for i in self.layers]  # type: ignore[index,operator]
+        hooks = [score.blocks[i].register_forward_hook(catch) for i in self.layers]
         try:
             yield caught
         finally:

@@ -32,8 +32,8 @@ def adversarial_loss(
 ) -> Loss:
     """softplus(-D(x_t)) of the student's sample x0, with gradient.
 
-    One pass of the fake score, with a graph: the gradient goes through it to the sample. Its weights collect gradients
-    on the way unless the caller has frozen them. Arguments as in `dmd_loss`, whose noise and times may be used again.
+    One pass of the fake score, with a graph: the gradient goes through it to the sample. In a backward pass its weights
+    collect gradients too, unless the caller has frozen them. Arguments as in `dmd_loss`, whose noise and times serve.
 
     Returns the loss and `gan_logit_sum` (Σ D), `gan_nan` (samples skipped).
     """
