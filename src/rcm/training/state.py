@@ -11,6 +11,7 @@ import shutil
 import sys
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,23 +94,17 @@ class States:
         UserError where the state belongs to another configuration, or to other networks than those of `tree`.
         """
         for path, manifest in everywhere(self._found, self.mesh)[0]:
-            if manifest is None:
-                faults = [f"{path / MANIFEST} is damaged or missing"]
-            else:
+            faults = [f"{path / MANIFEST} is damaged or missing"]
+            if manifest is not None:
                 self._check_identity(manifest["config"])
-                shares = everywhere(
-                    lambda path=path, files=manifest["files"]: damage(path, files, self.mesh), self.mesh
-                )
+                shares = everywhere(partial(damage, path, manifest["files"], self.mesh), self.mesh)
                 faults = [fault for share in shares for fault in share]
-            if not faults:
-                everywhere(lambda path=path, manifest=manifest: _read(path, manifest, tree), self.mesh)
-                return manifest["step"]
+                if not faults:
+                    everywhere(partial(_read, path, manifest, tree), self.mesh)
+                    return manifest["step"]
             if self.mesh.is_main:
-                print(
-                    f"warning: {path} is damaged, going back to the state before it ({faults[0]})",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                told = f"warning: {path} is damaged, going back to the state before it ({faults[0]})"
+                print(told, file=sys.stderr, flush=True)
         return None
 
     def _found(self) -> list[tuple[Path, dict[str, Any] | None]]:
@@ -146,7 +141,7 @@ class States:
     def _remove_hidden(self) -> None:
         """What was not completed, of a run that was killed, or is not needed any more."""
         if self.mesh.is_main:
-            for path in self.folder.glob(f".*{_PARTIAL}"):
+            for path in self.folder.glob(f".[0-9]*{_PARTIAL}"):
                 shutil.rmtree(path)
 
 
