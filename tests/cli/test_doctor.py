@@ -14,8 +14,8 @@ from .conftest import Run
 
 
 def test_doctor_names_every_part(run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    known = doctor.installed
-    monkeypatch.setattr(doctor, "installed", lambda name: None if name in ("wandb", "imageio-ffmpeg") else known(name))
+    known, absent = doctor.installed, ("wandb", "imageio-ffmpeg", "transformer-engine")
+    monkeypatch.setattr(doctor, "installed", lambda name: None if name in absent else known(name))
     doctor.doctor(Namespace())
     lines = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines() if line)
     expected = (
@@ -24,7 +24,7 @@ def test_doctor_names_every_part(run: Run, monkeypatch: pytest.MonkeyPatch, caps
     assert set(expected.split()) <= lines.keys()
     assert lines["wandb"] == "absent: metrics go to JSON lines only"
     assert lines["ffmpeg"].startswith("absent")
-    assert all(lines[name].endswith("not used yet") for name in doctor.PLANNED)
+    assert lines["transformer-engine"] == "absent: on a GPU, AdamW is that of PyTorch"
     assert lines["attention"].split(None, 2)[2] == "flash-cpu; with tangents torch; gradient flash-cpu"
     run("doctor")
 

@@ -192,6 +192,26 @@ def test_clips(mini: Mini, run: Run, tmp_path: Path) -> None:
             assert image.n_frames == 9
 
 
+def test_precision_of_teacher_and_student(mini: Mini, prompts: Path, run: Run, fail: Run, tmp_path: Path) -> None:
+    run("convert", *SMALL, "--checkpoint", mini.transformer, "--out", tmp_path / "teacher")
+    few = ["suite=report", "evaluation.precision.times=2", "evaluation.precision.samples=3", "teacher.steps=2"]
+    common = ("precision", *SMALL, *few, "--teacher", tmp_path / "teacher", "--prompts", prompts)
+    for name, checkpoint in (("teacher", tmp_path / "teacher"), ("rcm-0", mini.student)):
+        run(*common, "--checkpoint", checkpoint, "--out", tmp_path / f"{name}.json")
+    said = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in ("teacher", "rcm-0")}
+    assert [said[name]["model"] for name in said] == ["teacher", "rcm-0"]
+    assert said["teacher"]["errors"] == said["rcm-0"]["errors"]  # both have the weights of the mini network
+    assert said["teacher"]["samples"] == 3 and len(said["teacher"]["times"]) == 2
+    for of_precision in said["rcm-0"]["errors"].values():
+        assert all(0 < value < 1 for found in of_precision.values() for values in found.values() for value in values)
+    figure = tmp_path / "figure.png"
+    run("figure", "--name", "figure_precision", "--inputs", *tmp_path.glob("*[r0].json"), "--out", figure)
+    with Image.open(figure) as image:
+        assert image.format == "PNG"
+    refused = fail(*common, "--checkpoint", mini.clips, "--out", tmp_path / "clips.json")
+    assert "(24, 3, 3, 3), but the experiment (24, 1, 3, 3)" in refused
+
+
 def test_what_does_not_fit_is_refused(mini: Mini, prompts: Path, run: Run, fail: Run, tmp_path: Path) -> None:
     common = ("--codec", mini.codec, "--prompts", prompts, "--part", "1-of-1", "--out", tmp_path / "out", "--steps")
     assert "9 frames" in fail("sample", *SUITE, "--checkpoint", mini.clips, *common, 1)

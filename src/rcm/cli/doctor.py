@@ -17,9 +17,9 @@ OPTIONAL = {  # distribution: what happens without it
     "wandb": "metrics go to JSON lines only",
     "dvc": "results are not versioned, everything else works",
     "triton": "on a GPU, attention with tangents streams in plain PyTorch, slower",
+    "transformer-engine": "on a GPU, AdamW is that of PyTorch",
     "flash-attn": "on a GPU, the gradient of attention takes the kernels that PyTorch carries",
 }
-PLANNED = ("transformer-engine",)  # of the extra `gpu`
 
 
 def doctor(arguments: argparse.Namespace) -> None:
@@ -62,7 +62,6 @@ def packages() -> list[str]:
     """What is installed, and what is used instead of what is not."""
     lines = [line(name, installed(name) or "MISSING") for name in REQUIRED]
     lines += [line(name, installed(name) or f"absent: {instead}") for name, instead in OPTIONAL.items()]
-    lines += [line(name, f"{installed(name) or 'absent'}: not used yet") for name in PLANNED]
     return [*lines, line("ffmpeg", ffmpeg())]
 
 
