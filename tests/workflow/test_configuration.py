@@ -49,7 +49,7 @@ def test_clips_differ_from_images_in_what_their_file_says() -> None:
         ("objective.dmd_weight=0", ("objective.dmd_weight", "0", "a number above 0 for objective.name rcm")),
         ("distillation.derivative=exct", ("distillation.derivative", "did you mean 'exact'")),
         ("distillation.derivative_step=1", ("distillation.derivative_step", "of at most 0.1")),
-        ("distillation.dcm_skip=48", ("distillation.dcm_skip", "48", "distillation.dcm_steps (48)")),
+        ("distillation.dcm_skip=49", ("distillation.dcm_skip", "49", "distillation.dcm_steps (48)")),
         ("distillation.profile=[3,2]", ("distillation.profile", "[3, 2]", "FIRST <= LAST")),
         ("parallel.micro_batch=49", ("parallel.micro_batch", "49", "distillation.batch (48)")),
         ("parallel.shard=0", ("parallel.shard", "0", "an integer of at least 1 or null")),
@@ -96,6 +96,7 @@ def test_mistakes_of_several_keys() -> None:
         "objective.gan_weight=0": "'objective.gan_weight' is 0; allowed: a number above 0 for objective.name dmd2",
         "objective.consistency=scm": "'objective.consistency' is \"scm\"; allowed: null for objective.name dmd2",
         "distillation.discriminator.layers=[1,4]": r"layers' is \[1, 4\]; allowed: .* from 0 to 3",
+        "distillation.discriminator.layers=[3,1]": r"layers' is \[3, 1\]; allowed: .*rising",
         "distillation.discriminator.heads=3": r"heads' is 3; allowed: a divisor of network.width \(128\)",
     }.items():
         with pytest.raises(UserError, match=words):

@@ -141,6 +141,8 @@ def test_processes_are_started_by_the_launcher(snakemake: Run, trained: str) -> 
     assert "python -m rcm distill experiment=tiny-clips objective=rcm seed=0" in command("-c2")
     several = "OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 python -m rcm.launch --standalone --nproc-per-node 2 -m rcm distill "
     assert several in command("-c2", "--config", "nproc=2")
+    single = command("-c1", "--config", "overrides=[parallel.precision=bfloat16]")
+    assert "python -m rcm.launch --standalone --nproc-per-node 1 -m rcm distill " in single
     assert "python -m rcm distill " in command("-c1", "--config", "nproc=2")  # never more than cores are given
 
 

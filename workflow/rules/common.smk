@@ -163,8 +163,12 @@ def overrides(stage, **fixed):
 
 
 def launcher(wildcards, threads):
-    """For params: how a distillation starts, on each of its threads a process with one thread; as `overrides`, free."""
-    if threads == 1:
+    """For params: how a distillation starts, on each of its threads a process with one thread; as `overrides`, free.
+
+    Rounded weights need a launcher even for one process: master weights are FSDP's.
+    """
+    precision = tree(*chosen(wildcards), *config["overrides"])["parallel"]["precision"]
+    if threads == 1 and precision == "float32":
         return "python -m rcm"
     environment = "OMP_NUM_THREADS=1 MKL_NUM_THREADS=1"
     return f"{environment} python -m rcm.launch --standalone --nproc-per-node {threads} -m rcm"

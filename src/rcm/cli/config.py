@@ -250,7 +250,7 @@ def _check_schedule(tree: Mapping[str, Any], require: Callable[[bool, str, str],
         allowed = f"null, or at least {need} times, one fewer than distillation.max_rollout"
         require(len(fixed) >= need, "objective.rollout_times", allowed)
     skip, steps = settings["dcm_skip"], settings["dcm_steps"]
-    require(skip < steps, "distillation.dcm_skip", f"an integer below distillation.dcm_steps ({steps})")
+    require(skip <= steps, "distillation.dcm_skip", f"an integer of at most distillation.dcm_steps ({steps})")
     if (traced := settings["profile"]) is not None:
         require(traced[0] <= traced[1], "distillation.profile", "null, or [FIRST, LAST] iteration, FIRST <= LAST")
     micro, batch = tree["parallel"]["micro_batch"], settings["batch"]
@@ -280,7 +280,8 @@ def _check_objective(tree: Mapping[str, Any], require: Callable[[bool, str, str]
     require(fits, "objective.consistency", f"{allowed} for objective.name {name}")
     if name == "dmd2":
         branch, layers, width = tree["distillation"]["discriminator"], network["layers"], network["width"]
-        allowed = f"blocks of the network, integers from 0 to {layers - 1} (network.layers - 1)"
-        require(max(branch["layers"]) < layers, "distillation.discriminator.layers", allowed)
+        allowed = f"blocks of the network, rising integers from 0 to {layers - 1} (network.layers - 1)"
+        fits = branch["layers"] == sorted(branch["layers"]) and branch["layers"][-1] < layers
+        require(fits, "distillation.discriminator.layers", allowed)
         allowed = f"a divisor of network.width ({width})"
         require(width % branch["heads"] == 0, "distillation.discriminator.heads", allowed)
