@@ -14,13 +14,15 @@ from rcm.parallel import COUNTER, RECOMPUTE, parallelize, start
 
 SIZES = {"width": 16, "mlp_width": 32, "layers": 2, "heads": 4, "in_channels": 4, "out_channels": 4, "text_width": 8,
          "time_width": 16, "patch": [1, 1, 1], "time_scale": 10.0}  # fmt: skip
+COSMOS = {key: size for key, size in SIZES.items() if key != "time_width"} | {"adaln_width": 8}
 BATCH = 2  # the global one
 
 
-def network(**sizes):
+def network(kind="wan", **sizes):
     torch.manual_seed(0)
-    built = networks.build({"kind": "wan", **SIZES, **sizes}).double()
-    nn.init.normal_(built.head.head.weight, std=0.3)
+    built = networks.build({"kind": kind, **(SIZES if kind == "wan" else COSMOS), **sizes}).double()
+    last = built.head.head if kind == "wan" else built.head.linear
+    nn.init.normal_(last.weight, std=0.3)
     return built
 
 
@@ -53,25 +55,25 @@ def gradients(built):
     return {name: whole(p.grad).clone() for name, p in built.named_parameters() if p.grad is not None}
 
 
-def on_ranks(sizes, options, frames=1, times=1):
+def on_ranks(sizes, options, frames=1, times=1, kind="wan"):
     mesh = start(**sizes, device="cpu")
-    built = network()
+    built = network(kind)
     parallelize(built, mesh, **options)
     mine = slice(mesh.data_rank, None, mesh.data_size) if mesh.data_size > 1 else slice(None)
     value, tangent, found, x_grad = passes(built, [x[mine] for x in case(frames, times)])
     return mine, value, tangent, found, x_grad
 
 
-def plain(frames=1, times=1):
-    return passes(network(), case(frames, times))
+def plain(frames=1, times=1, kind="wan"):
+    return passes(network(kind), case(frames, times))
 
 
 def close(a, b):
     torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
-def compare(results, frames=1, times=1, context=1):
-    value, tangent, found, x_grad = plain(frames, times)
+def compare(results, frames=1, times=1, context=1, kind="wan"):
+    value, tangent, found, x_grad = plain(frames, times, kind)
     for mine, one, its_tangent, theirs, _ in results:
         close(one, value[mine])
         close(its_tangent, tangent[mine])
@@ -135,6 +137,11 @@ def test_nine_tokens_over_four(ranks):
 
 def test_a_time_for_every_frame_over_two(ranks):
     compare(ranks(2, on_ranks, {"context": 2}, {}, 3, 3), frames=3, times=3, context=2)
+
+
+@pytest.mark.parametrize("context", [1, 2])
+def test_cosmos_over_two(ranks, context):
+    compare(ranks(2, on_ranks, {"context": context}, {"recompute": "blocks"}, 3, 3, "cosmos"), 3, 3, context, "cosmos")
 
 
 def test_offloaded(ranks):
