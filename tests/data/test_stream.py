@@ -148,3 +148,12 @@ def test_text_too_long(shards: list[Path], workers: int) -> None:
     options = {"batch": TOTAL, "positions": range(TOTAL), "seed": 1, "start": 0, "words": 2, "workers": workers}
     with stream(data, **options) as endless, pytest.raises(UserError, match=r"has 3 words.*is 2"):
         next(endless)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_for_a_gpu_are_pinned(shards: list[Path], workers: int) -> None:
+    options = {"batch": 2, "positions": range(2), "seed": 1, "start": 0, "words": 3, "workers": workers}
+    with stream(read_shards(shards), device=torch.device("cuda"), **options) as endless:
+        batch = next(endless)
+        assert batch.latents_BCTHW.is_pinned() and batch.text_BLD.is_pinned()

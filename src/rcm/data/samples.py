@@ -12,7 +12,7 @@ import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -105,9 +105,9 @@ def _next_members(tar: tarfile.TarFile) -> list[tarfile.TarInfo] | None:
     return members
 
 
-def _open(tar: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
+def _open(tar: tarfile.TarFile, member: tarfile.TarInfo) -> io.BufferedReader:
     file = tar.extractfile(member) if member.isreg() else None
-    if file is None:
+    if not isinstance(file, io.BufferedReader):
         raise ValueError(f"{member.name} is not a file")
     return file
 
@@ -122,10 +122,13 @@ def _facts(tar: tarfile.TarFile, member: tarfile.TarInfo) -> dict[str, Any]:
 def _array(tar: tarfile.TarFile, member: tarfile.TarInfo, dimensions: int) -> Tensor:
     file = _open(tar, member)
     shape = _shape(file, member.size, dimensions)
-    return torch.from_numpy(np.ndarray(shape, np.float32, bytearray(file.read())))
+    array = np.empty(shape, np.float32)
+    if file.readinto(array.reshape(-1).view(np.uint8).data) != array.nbytes:  # halves the time of `read` and a copy
+        raise EOFError(f"{member.name} ends early")
+    return torch.from_numpy(array)
 
 
-def _shape(file: IO[bytes], size: int, dimensions: int) -> tuple[int, ...]:
+def _shape(file: io.BufferedReader, size: int, dimensions: int) -> tuple[int, ...]:
     """Shape of a float32 array of so many dimensions, which must fill the `size` bytes; leaves the file at its data."""
     if np.lib.format.read_magic(file) != (1, 0):
         raise ValueError("another version of .npy than 1.0")

@@ -173,32 +173,25 @@ def read_shards(
     """
     files = [Path(path) for path in paths]
     rank, world = (dist.get_rank(group), dist.get_world_size(group)) if group is not None else (0, 1)
-    manifests: dict[Path, dict[str, Any]] = {}
-
-    def check() -> dict[str, Any]:
-        manifests.update(_manifests(files))
-        return _common_manifest(manifests)
-
-    def verify() -> list[list[Entry]]:
-        """Contents of the shards rank, rank + world, ..."""
-        contents = []
-        for first in range(0, len(files), world):
-            contents += [_contents(path, manifests[path]) for path in files[first + rank : first + rank + 1]]
-            advance(len(files[first : first + world]))
-        return contents
-
-    common = _on_all_ranks(check, group)[rank]
-    verified = _on_all_ranks(verify, group)
-    stored = _Stored(files, [verified[shard % world][shard // world] for shard in range(len(files))])
+    manifests, common = _on_all_ranks(group, _checked_manifests, files)[rank]
+    contents: list[list[Entry]] = []
+    for first in range(0, len(files), world):  # a shard each, so that none waits long and an error comes early
+        mine = files[first + rank : first + rank + 1]
+        found = _on_all_ranks(group, lambda paths: [_contents(path, manifests[path]) for path in paths], mine)
+        contents += [entries for part in found for entries in part]
+        advance(len(files[first : first + world]))
+    stored = _Stored(files, contents)
     small = sum(path.stat().st_size for path in files) <= memory
     return LatentDataset(list(stored) if small else stored, common, [manifests[path]["sha256"] for path in files])
 
 
-def _on_all_ranks(work: Callable[[], _T], group: dist.ProcessGroup | None) -> list[_T]:
-    """What `work` returns on each rank; a UserError of one of them is raised on all, so that none waits for it."""
+def _on_all_ranks(
+    group: dist.ProcessGroup | None, work: Callable[[Sequence[Path]], _T], files: Sequence[Path]
+) -> list[_T]:
+    """What `work(files)` returns on each rank; a UserError of one is raised on all, so that none waits for it."""
     outcome: _T | UserError
     try:
-        outcome = work()
+        outcome = work(files)
     except UserError as error:
         outcome = error
     outcomes = [outcome]
@@ -213,8 +206,8 @@ def _on_all_ranks(work: Callable[[], _T], group: dist.ProcessGroup | None) -> li
     return results
 
 
-def _manifests(files: Sequence[Path]) -> dict[Path, dict[str, Any]]:
-    """The manifest of each shard, by its path."""
+def _checked_manifests(files: Sequence[Path]) -> tuple[dict[Path, dict[str, Any]], dict[str, Any]]:
+    """The manifest of each shard, and what they have in common; nothing is read of the shards."""
     if not files:
         raise UserError("no shards given: expected one or more .tar files")
     if repeated := [path for path in files if files.count(path) > 1]:
@@ -227,7 +220,7 @@ def _manifests(files: Sequence[Path]) -> dict[Path, dict[str, Any]]:
         if not isinstance(manifest, dict) or not {"count", "sha256", "part"} <= manifest.keys():
             raise UserError(f"{_manifest_path(path)} is not the manifest of a shard; make the shard again")
         manifests[path] = manifest
-    return manifests
+    return manifests, _common_manifest(manifests)
 
 
 def _common_manifest(manifests: Mapping[Path, dict[str, Any]]) -> dict[str, Any]:
