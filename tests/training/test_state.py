@@ -1,6 +1,7 @@
 """States of one process: what comes back, what damage does, what a kill leaves, what happens in the background."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -235,7 +236,8 @@ def test_nothing_is_warned_of(tmp_path):
 @pytest.mark.parametrize("call", range(13))
 def test_a_death_at_any_moment_leaves_whole_states(tmp_path, monkeypatch, call):
     """The process dies at the n-th call that changes names in the file system; the next run takes what is there."""
-    save(tmp_path, 1, 2)
+    folder = tmp_path / "run"
+    save(folder, 1, 2)
     count = 0
 
     def dying(action):
@@ -252,7 +254,7 @@ def test_a_death_at_any_moment_leaves_whole_states(tmp_path, monkeypatch, call):
         for target in ("pathlib.Path.rename", "pathlib.Path.replace", "pathlib.Path.mkdir", "os.rmdir", "os.unlink"):
             owner, name = target.rsplit(".", 1)
             patch.setattr(target, dying(getattr(Path if "Path" in owner else os, name)))
-        states = States(tmp_path, CONFIG, ALONE)
+        states = States(folder, CONFIG, ALONE)
         states.save(3, tree(3))
         try:
             states.wait()
@@ -260,12 +262,15 @@ def test_a_death_at_any_moment_leaves_whole_states(tmp_path, monkeypatch, call):
             assert "killed" in str(error)
     died = count > call
     assert died or call > 8  # there are about eleven such calls
-    assert load(tmp_path) in (((2, 2), (3, 3)) if died else ((3, 3),))
-    assert all(name.isdecimal() for name in names(tmp_path))
-    assert 2 <= len(names(tmp_path)) <= 3
-    save(tmp_path, 4)
-    assert load(tmp_path) == (4, 4)
-    assert len(names(tmp_path)) == KEPT
+    assert load(folder) in (((2, 2), (3, 3)) if died else ((3, 3),))
+    assert all(name.isdecimal() for name in names(folder))
+    assert 2 <= len(names(folder)) <= 3
+    for name in names(folder):
+        shutil.copytree(folder / name, tmp_path / name / name)
+        assert load(tmp_path / name) == (int(name), int(name))
+    save(folder, 4)
+    assert load(folder) == (4, 4)
+    assert len(names(folder)) == KEPT
 
 
 KILLED = """

@@ -205,7 +205,7 @@ def save_dcp(folder: Path | str, state: State, mesh: Ranks | None = None) -> Non
     With a `mesh` all ranks call it, each with its DTensors; each writes its part. Equal states get the same content
     hash however they are sharded.
     """
-    state = checked(state, "the state to save")
+    parts = packed(checked(state, "the state to save"))
     content = state_sha256(state)
     group = None if mesh is None else mesh.group
     with ExitStack() as stack:
@@ -219,7 +219,7 @@ def save_dcp(folder: Path | str, state: State, mesh: Ranks | None = None) -> Non
         def complete(files: dict[str, str]) -> None:
             write_json(temporary / MANIFEST, {"content_sha256": content, "files": dict(sorted(files.items()))})
 
-        write_parts(temporary, packed(state), group, complete)
+        write_parts(temporary, parts, group, complete)
         everywhere(stack.close, mesh)  # rank 0 renames
 
 
