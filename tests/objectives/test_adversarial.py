@@ -121,6 +121,27 @@ def test_samples_that_are_not_finite_are_skipped_and_counted() -> None:
     assert loss.item() == pytest.approx(part.item(), rel=1e-10)
 
 
+def test_a_logit_that_is_not_finite_spoils_no_gradient() -> None:
+    """The derivative of softplus at NaN is NaN, also of a sample that the sum leaves out."""
+    network, x0 = toy(), X0.clone().requires_grad_()
+    spoilt = torch.zeros(2 * BATCH, dtype=torch.float64)
+    spoilt[2] = math.nan
+    network.branch.register_forward_hook(lambda module, inputs, out: out + spoilt[: len(out)])
+    loss, metrics = adversarial_loss(x0, Wrapped(network), NOISE, TIMES, TEXT, batch=BATCH)
+    loss.backward()
+    assert metrics["gan_nan"] == 1
+    assert x0.grad.isfinite().all()
+    assert [g.norm() > 0 for g in x0.grad] == [True, True, False, True, True]
+
+    network.branch.w.grad = None
+    loss, metrics = adversarial_critic_loss(
+        X0, REAL, Wrapped(network), NOISE, TIMES, TEXT, batch=BATCH, critic_weight=1.0
+    )
+    loss.backward()
+    assert metrics["critic_nan"] == 1
+    assert network.branch.w.grad.isfinite().all()
+
+
 def judged_network() -> FakeScore:
     with torch.random.fork_rng():
         torch.manual_seed(1)

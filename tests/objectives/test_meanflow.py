@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 from tests.objectives.closed_forms import NORMAL, TWO_MODES, Exact, Mlp, Teacher, text
+from tests.objectives.wan import SIZES, random, wan
 from torch import Tensor, nn
 
+from rcm import networks
 from rcm.flow import Wrapped, guided_velocity
 from rcm.objectives import meanflow_loss, scm_loss, scm_tangent
 
@@ -127,3 +129,24 @@ def test_tangent_is_the_derivative_of_the_flow_map_with_s_held() -> None:
     derivative = (8 * (follow(h) - follow(-h)) - (follow(2 * h) - follow(-2 * h))) / (12 * h)
     _, g = scm_tangent(student, Wrapped(Teacher(NORMAL)), x, T, text(BATCH), NULL, guidance=1.0, s_B=S)
     torch.testing.assert_close(g, column((T - S).cos()) * derivative, rtol=1e-8, atol=1e-9)
+
+
+def test_a_new_student_is_its_teacher_at_every_second_time() -> None:
+    """The embedding of the second time starts at zero, and learns."""
+    teacher = wan(3)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        student = networks.build(SIZES | {"second_time": True}).double()
+    missing, unexpected = student.load_state_dict(teacher.state_dict(), strict=False)
+    assert {name.split(".")[0] for name in missing} == {"second_time_embedding"}
+    assert not unexpected
+    x, words = random(BATCH, 2, 1, 4, 4), random(BATCH, 3, 4, seed=1)
+    expected = Wrapped(teacher).velocity(x, T, words)
+    for s_B in (S, T, None):
+        assert torch.equal(Wrapped(student).velocity(x, T, words, s_B), expected)
+    loss, _ = meanflow_loss(
+        Wrapped(student), Wrapped(teacher), x, random(*x.shape, seed=2), T, S, words, words[:1],
+        batch=BATCH, guidance=2.0,
+    )  # fmt: skip
+    loss.backward()
+    assert student.get_parameter("second_time_embedding.2.weight").grad.norm() > 1e-3
