@@ -40,10 +40,12 @@ def adversarial_loss(
     t = per_sample(t_B, x0_BCTHW)
     x = t.cos() * x0_BCTHW + t.sin() * noise_BCTHW
     finite = finite_samples(x.detach())
-    _, logit_B = judge(fake, keep(finite, x), t_B, text)
+    velocity, logit_B = judge(fake, keep(finite, x), t_B, text)
     finite = finite & logit_B.detach().isfinite()
     logit_B = keep(finite, logit_B)  # before softplus, whose derivative would make 0 · NaN of it
     loss = keep(finite, F.softplus(-logit_B)).sum() / batch
+    # the velocity with weight zero: a sharded network gathers its weights when the gradient of its output arrives
+    loss = loss + 0 * keep(finite_samples(velocity.detach()), velocity).sum()
     return loss, {"gan_logit_sum": logit_B.detach().sum(), "gan_nan": (~finite).sum()}
 
 
