@@ -1,6 +1,8 @@
 """Mistakes in the configuration: one sentence that names the key, what was given and what is allowed."""
 
 import json
+import pkgutil
+import re
 import shutil
 from pathlib import Path
 
@@ -210,6 +212,19 @@ def test_each_choice_where_paper_and_code_differ_is_explained() -> None:
                 assert tree[section][key] == said["enum"][0]
             found += 1
     assert found >= 10
+
+
+def test_the_map_of_equations_names_what_exists() -> None:
+    text = (ROOT / "docs/equations.md").read_text(encoding="utf-8")
+    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    tests = set(re.findall(r"`(test_\w+)`", text))
+    assert len(tests) > 30
+    assert not {name for name in tests if f"def {name}(" not in sources}
+    for name in sorted(set(re.findall(r"`(rcm\.[\w.]+)`", text))):
+        pkgutil.resolve_name(name)
+    choices = set(re.findall(r"^\|[^|]+\| `(\w+)`: `", text, re.MULTILINE))
+    tree = compose()
+    assert choices <= {*tree["distillation"], *tree["objective"]} and len(choices) == 8
 
 
 def test_every_key_of_the_pipeline_is_documented() -> None:
