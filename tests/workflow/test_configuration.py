@@ -16,13 +16,24 @@ from rcm.data import world
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("experiment", options("experiment"))
+WHOLE = [name for name in options("experiment") if name.endswith(("-images", "-clips"))]  # others hold training alone
+
+
+@pytest.mark.parametrize("experiment", WHOLE)
 @pytest.mark.parametrize("objective", options("objective"))
 def test_every_experiment_composes_with_every_objective(experiment: str, objective: str) -> None:
     tree = compose([f"experiment={experiment}", f"objective={objective}", "seed=3"])
     assert (tree["seed"], tree["objective"]["name"]) == (3, objective)
     assert tree["media"] in experiment
     json.dumps(tree)  # plain values, everything resolved
+
+
+@pytest.mark.parametrize("experiment", sorted({*options("experiment")} - {*WHOLE}))
+def test_what_holds_training_alone_is_no_scale_and_refused_by_the_stages(experiment: str) -> None:
+    with pytest.raises(
+        UserError, match=rf"^experiment={experiment} holds what `rcm plan` reads .*tiny-clips, tiny-images$"
+    ):
+        compose([f"experiment={experiment}"])
 
 
 def test_clips_differ_from_images_in_what_their_file_says() -> None:
@@ -208,7 +219,7 @@ def test_each_choice_where_paper_and_code_differ_is_explained() -> None:
             comment = " ".join(line.partition("#")[2] for line in lines[at:end])
             missing = [value for value in said["enum"] if value not in f"{comment} {tree[section][key]}"]
             assert not missing, (key, missing)
-            if key != "wandb":
+            if key not in ("wandb", "device"):
                 assert tree[section][key] == said["enum"][0]
             found += 1
     assert found >= 10

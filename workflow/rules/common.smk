@@ -32,7 +32,7 @@ def plain(value):
 def check_pipeline():
     """Check config/pipeline.yaml with what the command line changed in it."""
     validate(config, read_schema(Path(workflow.source_path("../schemas/pipeline.schema.json"))))
-    scales = sorted({name.rpartition("-")[0] for name in options("experiment")})
+    scales = sorted({name.rpartition("-")[0] for name in options("experiment") if name.endswith(("-images", "-clips"))})
     if config["scale"] not in scales:
         raise UserError(
             f"configuration key 'scale' is {json.dumps(config['scale'])}; allowed: the scales that have experiments "
@@ -133,7 +133,7 @@ FREE = {
     "distill": {
         "distillation": ("state_every", "preview_every", "profile", "wandb"),
         "parallel": (
-            *("replicate", "shard", "context", "recompute", "tangent_pass", "micro_batch"),
+            *("device", "replicate", "shard", "context", "recompute", "tangent_pass", "micro_batch"),
             *("offload_teacher", "compile", "workers", "timeout"),
         ),
     }

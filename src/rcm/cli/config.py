@@ -51,6 +51,10 @@ def compose(overrides: Iterable[str] = ()) -> dict[str, Any]:
     overrides = list(overrides)
     with _hydra():
         tree = _composed(overrides)
+    if "latents" in tree:  # in the place of the sections that a pipeline needs around training
+        whole = [name for name in options("experiment") if name.endswith(("-images", "-clips"))]
+        chosen = next((word for word in overrides if word.startswith("experiment=")), "this experiment")
+        raise UserError(f"{chosen} holds what `rcm plan` reads and no more; allowed here: {', '.join(whole)}")
     validate(tree, read_schema(config_dir() / "schema.json"))
     _check_combinations(tree)
     return tree

@@ -129,6 +129,7 @@ _CHOICES = {
 class Parallel:
     """Section `parallel`: how the processes share the work; changes no result beyond rounding, except `precision`."""
 
+    device: str = "auto"  # cpu, cuda, or auto: cuda where there is one
     replicate: int = 1
     shard: int | None = None  # null: all processes that remain
     context: int = 1
@@ -140,6 +141,7 @@ class Parallel:
     compile: bool = False
     workers: int = 0  # processes that load data
     timeout: float = 600  # seconds after which ranks that wait for another one give up
+    device: str = "auto"  # cpu, cuda, or auto: cuda where there is one
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Parallel":
