@@ -73,8 +73,13 @@ def distill(arguments: Namespace) -> None:
 
     config = compose(arguments.overrides)
     settings, parallel = Settings.of(config), Parallel.of(config)
-    sizes = {"replicate": parallel.replicate, "shard": parallel.shard, "context": parallel.context}
-    mesh = start(**sizes, timeout=parallel.timeout, device=parallel.device)
+    mesh = start(
+        replicate=parallel.replicate,
+        shard=parallel.shard,
+        context=parallel.context,
+        timeout=parallel.timeout,
+        device=parallel.device,
+    )
     numbers = {key: config[key] for key in ("network", "text", "objective", "distillation")}
     numbers["parallel"] = {"precision": parallel.precision}
     inputs = [arguments.teacher, *arguments.data]

@@ -129,7 +129,6 @@ _CHOICES = {
 class Parallel:
     """Section `parallel`: how the processes share the work; changes no result beyond rounding, except `precision`."""
 
-    device: str = "auto"  # cpu, cuda, or auto: cuda where there is one
     replicate: int = 1
     shard: int | None = None  # null: all processes that remain
     context: int = 1
