@@ -1,0 +1,196 @@
+"""Runs of several processes from their start to their end: killed, interrupted, wrong, and resumed on other ranks."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tests.cli.conftest import SMALL, Mini, mini  # noqa: F401  (a fixture)
+from tests.distributed.test_training import data, fake_score, network, whole
+from tests.training.test_distill import configuration
+
+from rcm.checkpoints import load_dcp
+from rcm.cli import main
+from rcm.launch import _first_cause
+from rcm.parallel import parallelize, start
+from rcm.training.distill import distill
+from rcm.training.signals import EXIT_INTERRUPTED
+
+ROOT = Path(__file__).parents[2]
+TEN = {"student_updates": 5, "critic_warmup": 1, "state_every": 5, "batch": 5, "max_rollout": 2, "eps": 1e-3}
+LIMIT = 120  # seconds that a run may take
+
+
+def train(folder, act=lambda iteration, mesh: None):
+    """Ten iterations on all ranks, from where an earlier run was stopped: weights of the student, rows of figures."""
+    torch.set_num_threads(1)
+    mesh = start(device="cpu")
+    student, teacher, fake = network(1), network(0), fake_score("rcm")
+    for built in (student, teacher, fake):
+        parallelize(built, mesh, recompute="blocks")
+    done = [0]
+
+    def advance(count, note):
+        done[0] += count
+        act(done[0], mesh)
+
+    try:
+        distill(
+            configuration(**TEN), student=student, teacher=teacher, fake=fake, data=data(),
+            null_text=torch.zeros(1, 3, 8), resume_dir=folder / "resume", metrics_path=folder / "metrics.jsonl",
+            mesh=mesh, advance=advance,
+        )  # fmt: skip
+    except SystemExit as leaving:
+        if __name__ == "__main__":
+            raise
+        return leaving.code
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] if mesh.is_main else []
+    return {name: whole(p) for name, p in student.named_parameters()}, [row | {"wall": None} for row in rows]
+
+
+def signalled(folder):
+    """A signal to rank 1 alone."""
+
+    def act(iteration, mesh):
+        if mesh.rank == 1 and iteration == 3:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    return train(folder, act)
+
+
+def killed(iteration, mesh):
+    if mesh.rank == 1 and iteration == 7:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def terminated(iteration, mesh):
+    if mesh.rank == 1 and iteration == 2:
+        os.kill(os.getppid(), signal.SIGTERM)  # the launcher's to pass on
+        time.sleep(1)
+
+
+if __name__ == "__main__":  # a rank of a run that ends as told: FOLDER ACTION
+    train(Path(sys.argv[1]), globals()[sys.argv[2]])
+
+
+def launch(*arguments, nproc=2):
+    """The ended launcher of some ranks: exit status, and what it and they said on stderr."""
+    path = os.pathsep.join([str(ROOT / "src"), str(ROOT / "kernels"), str(ROOT)])
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    environment |= {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "rcm.launch", "--nproc-per-node", str(nproc), *map(str, arguments)]
+    ended = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT)
+    said = [line for line in ended.stderr.splitlines() if line and "UserWarning" not in line and line[:2] != "  "]
+    return ended.returncode, said
+
+
+@pytest.fixture(scope="module")
+def straight(ranks, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("straight")
+    return folder, ranks(2, train, folder)
+
+
+def test_ten_steps_are_five_a_death_and_five(ranks, straight, tmp_path):
+    status, said = launch(__file__, tmp_path, "killed")
+    assert status == 128 + signal.SIGKILL
+    assert any("rank 1 failed first: it was killed by SIGKILL" in line for line in said)
+    assert sorted(path.name for path in (tmp_path / "resume").glob("0*")) == ["000000005"]
+    assert not (tmp_path / "metrics.jsonl").exists()
+    shutil.copytree(tmp_path / "resume", tmp_path / "four" / "resume")
+
+    resumed = ranks(2, train, tmp_path)
+    for (weights, rows), (expected, expected_rows) in zip(resumed, straight[1], strict=True):
+        assert all(torch.equal(weights[name], expected[name]) for name in expected)
+        assert rows == expected_rows
+    (weights, rows), *_ = ranks(4, train, tmp_path / "four")
+    expected, expected_rows = straight[1][0]
+    torch.testing.assert_close(weights, expected, rtol=1e-12, atol=1e-12)
+    for row, other in zip(rows, expected_rows, strict=True):
+        numbers = [key for key, value in other.items() if isinstance(value, float | int)]
+        assert [row[key] for key in numbers] == pytest.approx([other[key] for key in numbers], rel=1e-12, abs=1e-12)
+
+
+def test_a_signal_to_one_rank_ends_all_at_the_same_iteration(ranks, straight, tmp_path):
+    assert ranks(2, signalled, tmp_path) == [EXIT_INTERRUPTED] * 2
+    assert [path.name for path in (tmp_path / "resume").glob("0*")] == ["000000004"]
+    resumed = ranks(2, train, tmp_path)
+    for (weights, rows), (expected, expected_rows) in zip(resumed, straight[1], strict=True):
+        assert all(torch.equal(weights[name], expected[name]) for name in expected)
+        assert rows == expected_rows
+
+
+def test_a_signal_to_the_launcher_reaches_the_ranks(tmp_path):
+    status, said = launch(__file__, tmp_path, "terminated")
+    assert status == EXIT_INTERRUPTED
+    (line,) = said
+    assert "interrupted: the state after iteration 3 of 10" in line
+
+
+def test_the_first_cause_is_not_its_consequence(capsys):
+    failures = {0: (1, 4), 1: (-signal.SIGABRT, 3), 2: (-signal.SIGKILL, 5), 3: (-signal.SIGTERM, 6)}
+    table = {rank: SimpleNamespace(exitcode=code, timestamp=at) for rank, (code, at) in failures.items()}
+    assert _first_cause(table) == 128 + signal.SIGKILL
+    assert "rank 2 failed first: it was killed by SIGKILL" in capsys.readouterr().err
+    del table[2], table[1]
+    assert _first_cause(table) == 1
+    assert "rank 0 failed first: it ended with 1" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def project(mini: Mini, tmp_path_factory):  # noqa: F811
+    """Arguments of `rcm distill` on a teacher and a shard in miniature, but for its outputs."""
+    folder = tmp_path_factory.mktemp("project")
+    teacher, train_prompts, shard = folder / "teacher", folder / "train.jsonl", folder / "1-of-1.tar"
+    for stage in (
+        ("convert", *SMALL, "--checkpoint", mini.transformer, "--out", teacher),
+        ("prompts", "suite=train", "suites.train.prompts=8", "--out", train_prompts),
+        (
+            *("synthesize", *SMALL, "teacher.steps=1", "--teacher", teacher, "--prompts", train_prompts),
+            *("--shard", "1-of-1", "--out", shard),
+        ),
+    ):
+        assert main([str(word) for word in stage]) == 0
+    quick = [f"distillation.{key}" for key in (
+        "student_updates=3", "batch=5", "preview_every=3", "scm_only=1", "critic_warmup=1", "student_every=2",
+        "profile=[2,3]",
+    )]  # fmt: skip
+
+    def arguments(out, *overrides):
+        outputs = {"out": "dcp", "metrics": "metrics.jsonl", "previews": "previews", "resume": "resume"}
+        named = [word for option, file in outputs.items() for word in (f"--{option}", out / file)]
+        given = ("--teacher", teacher, "--data", shard, "--codec", mini.codec)
+        return [str(word) for word in ("distill", *SMALL, *quick, *overrides, *given, *named)]
+
+    return arguments
+
+
+def test_distill_on_two_processes(project, tmp_path):
+    assert main(project(tmp_path / "one")) == 0
+    status, said = launch("-m", "rcm", *project(tmp_path / "two", "parallel.micro_batch=2"))
+    assert status == 0, said
+    one, two = (load_dcp(tmp_path / name / "dcp") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-6)
+    for name in ("one", "two"):
+        assert [path.name for path in (tmp_path / name / "previews").iterdir()] == ["000003.png"]
+        assert not (tmp_path / name / "resume").exists()
+        trace = json.loads((tmp_path / name / "resume.trace.json").read_text())
+        assert any(event.get("name") == "aten::mm" for event in trace["traceEvents"])
+    facts = json.loads((tmp_path / "two" / "dcp.run.json").read_text())["facts"]
+    assert facts["optimizer"] == "torch" and facts["parallel"]["shard"] == 2
+
+
+def test_a_mistake_on_all_ranks_is_said_once(project, tmp_path):
+    status, said = launch("-m", "rcm", *project(tmp_path, "parallel.context=3"))
+    assert status == 2
+    mistake, cause = said
+    assert mistake.startswith("rcm distill: error: 2 processes do not fit")
+    assert cause.startswith("rcm.launch: rank 0 failed first: it ended with 2")
