@@ -115,7 +115,10 @@ def test_no_more_than_a_batch_a_worker_is_read_ahead() -> None:
         LatentDataset(samples, {}), batch=BATCH, positions=[0, 5], seed=0, start=0, words=3, workers=2
     ) as ahead:
         next(ahead)
-        time.sleep(0.2)
+        deadline = time.monotonic() + 5
+        while samples.read < 2 * 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.1)  # for one more, if that were read
         assert samples.read == 2 * 3  # the batch in use and two more, two samples each
 
 
