@@ -18,6 +18,7 @@ from tests.training.test_distill import configuration
 
 from rcm.checkpoints import load_dcp
 from rcm.cli import main
+from rcm.cli.ranks import PATIENCE, speaker
 from rcm.launch import _first_cause
 from rcm.parallel import parallelize, start
 from rcm.training.distill import distill
@@ -194,3 +195,14 @@ def test_a_mistake_on_all_ranks_is_said_once(project, tmp_path):
     mistake, cause = said
     assert mistake.startswith("rcm distill: error: 2 processes do not fit")
     assert cause.startswith("rcm.launch: rank 0 failed first: it ended with 2")
+
+
+def test_ranks_speak_one_after_the_other(monkeypatch):
+    waits = []
+    monkeypatch.setattr("rcm.cli.ranks.time.sleep", waits.append)
+    monkeypatch.delenv("RANK", raising=False)
+    assert (speaker("rcm distill"), waits) == ("rcm distill", [])
+    monkeypatch.setenv("RANK", "0")
+    assert (speaker("rcm distill"), waits) == ("rcm distill", [])
+    monkeypatch.setenv("RANK", "3")
+    assert (speaker("rcm distill"), waits) == ("rcm distill (rank 3)", [PATIENCE])

@@ -1,9 +1,11 @@
 import json
 
 import pytest
+import torch
 
 from rcm.artefact import UserError
-from rcm.training.metrics import MetricsLog
+from rcm.parallel import start
+from rcm.training.metrics import MetricsLog, means, totals
 
 
 def write(path, rows, **options):
@@ -44,3 +46,19 @@ def test_wandb_online_without_a_key_is_an_error_and_no_question(tmp_path, monkey
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(UserError, match="no key for wandb"):
         MetricsLog(tmp_path / "metrics.jsonl", wandb="online")
+
+
+def test_means_are_over_the_samples_that_count(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    sums = {"scm_loss": 0.5, "scm_tangent_norm_sum": 9.0, "scm_nan": 2.0, "real_logit_sum": 10.0}
+    figures = totals({key: torch.tensor(value) for key, value in sums.items()}, start(device="cpu"))
+    assert figures == sums
+    assert means(figures, 5) == {"scm_loss": 0.5, "scm_tangent_norm": 3.0, "scm_nan": 2.0, "real_logit": 2.0}
+
+
+def test_rows_are_read_back(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.write(1, {"loss": float("nan")})
+    assert log.rows() == [{"iteration": 1, "loss": None}]
+    log.close()
