@@ -3,6 +3,7 @@
 Everything here changes speed and memory alone: losses, gradients and updated weights are those of one process.
 """
 
+import warnings
 from typing import Any
 
 import torch
@@ -12,6 +13,9 @@ from rcm.artefact import UserError
 from rcm.parallel.context import share_tokens
 from rcm.parallel.mesh import Layout, Mesh, start
 from rcm.parallel.unit import COUNTER, RECOMPUTE, Counter, make_unit
+
+# what a layer returns may be a view, and nothing here writes into one
+warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
 
 __all__ = ["COUNTER", "RECOMPUTE", "Counter", "Layout", "Mesh", "parallelize", "round_weights", "start"]
 
