@@ -8,6 +8,7 @@ guided velocity. Only the network differs: wrapping, points and directions are f
 import math
 from collections.abc import Callable, Mapping
 from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,8 @@ class TimeInBfloat16(nn.Module):
 
 def precise_time(network: nn.Module) -> nn.Module:
     """The network in bfloat16, except for what it computes from its time."""
-    for name in network.bfloat16().precise:
+    names: Any = network.bfloat16().precise
+    for name in names:
         getattr(network, name).float()
     return network
 
