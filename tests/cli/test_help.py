@@ -10,7 +10,7 @@ from rcm.cli import main
 from rcm.cli.parser import STAGES, build, overview, parse
 
 ASKED_FOR = (
-    "prompts download pretrain convert synthesize distill export sample evaluate precision table figure report "
+    "prompts download pretrain convert synthesize plan distill export sample evaluate precision table figure report "
     "generate doctor"
 )
 

@@ -53,6 +53,27 @@ def natural(text: str) -> int:
     return value
 
 
+def positive(text: str) -> float:
+    """A number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return value
+
+
+def size(text: str) -> float:
+    """Bytes of "80GiB", "80GB" or "80e9"."""
+    units = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "": 1}
+    unit = next(unit for unit in units if text.endswith(unit))
+    try:
+        return positive(text.removesuffix(unit)) * units[unit]
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; expected something like 80GiB") from None
+
+
 EXPERIMENT = "experiment=tiny-images|tiny-clips"
 
 STAGES: dict[str, Stage] = {
@@ -104,6 +125,23 @@ STAGES: dict[str, Stage] = {
         "rcm synthesize --teacher data/tiny/images/teacher --prompts data/tiny/images/prompts/train.jsonl "
         "--shard 1-of-4 --out data/tiny/images/shards/1-of-4.tar",
         overrides=f"{EXPERIMENT}  suites.train.seed=N",
+    ),
+    "plan": Stage(
+        "rcm.cli.plan:plan",
+        "Say which settings of a distillation fit a cluster, what they need and how long they take.",
+        (
+            Option("--gpus", "GPUs of the run, one process each", natural),
+            Option("--gpus-per-node", "GPUs of a machine, or all where there are fewer", natural, False, 8),
+            Option("--memory", "memory of a GPU, such as 80GiB", size, False, "80GiB"),
+            Option("--tflops", "peak of a GPU in the data type of the passes, TFLOP/s", positive, False, 989.0),
+            Option("--utilisation", "expected share of that peak", positive, False, 0.4),
+            Option("--node-bandwidth", "of a GPU inside a machine, GB/s a direction", positive, False, 450.0),
+            Option("--network-bandwidth", "of a GPU between machines, GB/s a direction", positive, False, 50.0),
+            Option("--count", "how many settings are listed", natural, False, 8),
+            Option("--json", "all of them with their details, FILE.json", required=False),
+        ),
+        "rcm plan experiment=wan2.1-14b-paper --gpus 32 --memory 80GiB",
+        overrides="experiment=NAME  objective=NAME  parallel.KEY=VALUE (taken as given, the others are proposed)",
     ),
     "distill": Stage(
         "rcm.cli.train:distill",

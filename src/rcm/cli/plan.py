@@ -1,0 +1,169 @@
+"""The stage `plan`: which settings of a distillation fit a cluster, before anything is started."""
+
+from argparse import Namespace
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from rcm.artefact import UserError, write_json
+from rcm.cli.config import PIXELS, _composed, _hydra, config_dir, read_schema, validate
+from rcm.training.plan import KEYS, Cluster, Job, Proposal, fitting
+from rcm.training.plan_cost import Step
+from rcm.training.plan_memory import CATEGORIES
+from rcm.training.settings import Settings
+
+SECTIONS = ("seed", "network", "objective", "distillation", "parallel", "sampler")  # what training reads, as elsewhere
+LATENTS = {"type": "array", "minItems": 4, "maxItems": 4, "items": {"type": "integer", "minimum": 1}}
+COUNT = {"type": "integer", "minimum": 1}
+
+
+def read(overrides: Iterable[str]) -> Job:
+    """The job that a configuration describes, of which the sections that training reads are enough.
+
+    Those of codec and text encoder are in their place where there are any, or else `latents` and the text's sizes.
+    """
+    overrides = list(overrides)
+    with _hydra():
+        tree = _composed(overrides)
+    schema = read_schema(config_dir() / "schema.json")
+    parts = {key: schema["properties"][key] for key in SECTIONS}
+    if "latents" in tree:
+        text = {"type": "object", "required": ["tokens", "width"], "properties": {"tokens": COUNT, "width": COUNT}}
+        parts |= {"latents": LATENTS, "text": {**text, "additionalProperties": False}}
+    else:
+        parts |= {key: schema["properties"][key] for key in ("frames", "codec", "text")}
+    chosen = {key: tree[key] for key in parts if key in tree}
+    validate(chosen, {**schema, "properties": parts, "required": list(parts)})
+    latents = tree.get("latents") or _latents(tree)
+    network = tree["network"]
+    for key, value in (("in_channels", latents[0]), ("text_width", tree["text"]["width"])):
+        if network[key] != value:
+            raise UserError(
+                f"configuration key 'network.{key}' is {network[key]}; allowed: {value}, as the inputs have it"
+            )
+    if any(n % p for n, p in zip(latents[1:], network["patch"], strict=True)):
+        raise UserError(f"configuration key 'network.patch' is {network['patch']}; allowed: divisors of {latents[1:]}")
+    return Job(Settings.of(tree), network, tuple(latents), tree["text"]["tokens"], tree["parallel"])
+
+
+def _latents(tree: Mapping[str, Any]) -> list[int]:
+    codec = tree["codec"]
+    side = PIXELS // codec["cell"]
+    return [codec["channels"], 1 + (tree["frames"] - 1) // codec["stride"], side, side]
+
+
+def plan(arguments: Namespace) -> None:
+    """Print the settings that fit, fastest first, and what the first of them needs; UserError where none does."""
+    job = read(arguments.overrides)
+    cluster = _cluster(arguments)
+    words = (word.partition("=")[0].lstrip("+") for word in arguments.overrides)
+    given = {word.removeprefix("parallel.") for word in words}
+    stated = {key: job.parallel[key] for key in KEYS if key in given and (key, job.parallel[key]) != ("shard", None)}
+    print(_head(job, cluster))
+    found = fitting(job, cluster, stated)
+    print(_configured(job, cluster))
+    print(_ranking(found[: arguments.count], stated, len(found)))
+    print(_details(job, cluster, found[0]))
+    if arguments.json:
+        write_json(arguments.json, {"cluster": asdict(cluster), "proposals": [_json(job, cluster, p) for p in found]})
+
+
+def _cluster(given: Namespace) -> Cluster:
+    per_node = min(given.gpus_per_node, given.gpus)
+    if given.gpus < 1 or per_node < 1 or given.gpus % per_node:
+        raise UserError(f"--gpus {given.gpus} is no multiple of --gpus-per-node {given.gpus_per_node}")
+    return Cluster(
+        gpus=given.gpus,
+        per_node=per_node,
+        memory=given.memory,
+        peak=given.tflops * 1e12,
+        utilisation=given.utilisation,
+        node=given.node_bandwidth * 1e9,
+        network=given.network_bandwidth * 1e9,
+    )
+
+
+# --- What is printed -----------------------------------------------------------------------------------------------
+
+
+def _head(job: Job, cluster: Cluster) -> str:
+    s, schedule = job.settings, job.settings.schedule
+    size = " x ".join(map(str, job.latents))
+    tokens = 1
+    for n, p in zip(job.latents[1:], job.network["patch"], strict=True):
+        tokens *= n // p
+    alone = min(schedule.alone, schedule.student_updates)
+    return "\n".join(
+        [
+            f"{s.name}: {job.sizes.total:,} parameters, latents {size}, {tokens:,} tokens, batch {s.batch}, "
+            f"{schedule.student_updates:,} updates of the student ({alone:,} without DMD), "
+            f"{schedule.critic_updates:,} of the critic",
+            f"{cluster.gpus} GPUs, {cluster.per_node} a node, {_gib(cluster.memory)} each, "
+            f"{cluster.reserve:.0%} kept free; assumed: {cluster.peak / 1e12:g} TFLOP/s at {cluster.utilisation:.0%},",
+            f"{cluster.node / 1e9:g} GB/s inside a node, {cluster.network / 1e9:g} GB/s a GPU between nodes, traffic of "
+            "weights hidden behind products",
+        ]
+    )
+
+
+def _configured(job: Job, cluster: Cluster) -> str:
+    """What becomes of the settings as they stand."""
+    try:
+        choice = job.choice(cluster.gpus)
+    except UserError as error:
+        return f"as configured: impossible: {error}"
+    need = job.memory(choice)
+    verdict = "fits" if need <= cluster.usable else f"does not fit, {_gib(need - cluster.usable)} too much"
+    hours = job.steps(choice, cluster).hours(job.settings.schedule)
+    return f"as configured: {verdict}: {_gib(need)} a rank, {hours:,.1f} hours ({choice.overrides()})"
+
+
+def _ranking(found: list[Proposal], stated: Mapping[str, Any], count: int) -> str:
+    what = "with " + ", ".join(f"{k}={v}" for k, v in stated.items()) if stated else "of all"
+    lines = [f"\n{count} settings fit {what}; the fastest:", f"  {'GiB a rank':>10} {'hours':>9}  settings"]
+    lines += [f"  {p.bytes / 2**30:10.1f} {p.hours:9,.1f}  {p.choice.overrides()}" for p in found]
+    return "\n".join(lines)
+
+
+def _details(job: Job, cluster: Cluster, best: Proposal) -> str:
+    peaks, steps = job.peaks(best.choice), job.steps(best.choice, cluster)
+    lines = ["\nThe first of them. Memory of a rank at the peak of each step, GiB:"]
+    lines.append(f"  {'':16}" + "".join(f"{role:>12}" for role in peaks))
+    for key in CATEGORIES:
+        if any(sizes[key] for sizes in peaks.values()):
+            lines.append(f"  {key:16}" + "".join(f"{sizes[key] / 2**30:12.2f}" for sizes in peaks.values()))
+    lines.append(f"  {'sum':16}" + "".join(f"{sum(sizes.values()) / 2**30:12.2f}" for sizes in peaks.values()))
+    kinds = {"student, no DMD": steps.alone, "student": steps.joint, "critic": steps.critic}
+    some = {name: step for name, step in kinds.items() if step}
+    rows: dict[str, Any] = {
+        "expected seconds": lambda s: s.seconds,
+        "PFLOP, products": lambda s: s.products / 1e15,
+        "PFLOP, attention": lambda s: s.attention / 1e15,
+        "forward-equivalents": lambda s: s.equivalents,
+    }
+    moved = {kind: None for step in some.values() for kind, size in step.bytes.items() if size}
+    lines.append(
+        "\nA step of a rank; forward-equivalents are those of a sample (plain 1, with tangents 3, backward 2):"
+    )
+    lines.append(f"  {'':20}" + "".join(f"{name:>17}" for name in some))
+    lines += [f"  {row:20}" + "".join(f"{of(step):17,.2f}" for step in some.values()) for row, of in rows.items()]
+    lines += [
+        f"  {'GB, ' + kind:20}" + "".join(f"{s.bytes[kind] / 1e9:17,.2f}" for s in some.values()) for kind in moved
+    ]
+    lines.append(f"\nThe run: {best.hours:,.1f} hours, {best.hours * cluster.gpus:,.0f} GPU hours")
+    return "\n".join(lines)
+
+
+def _json(job: Job, cluster: Cluster, p: Proposal) -> dict[str, Any]:
+    steps = job.steps(p.choice, cluster)
+    return {
+        "parallel": {key: p.choice.value(key) for key in KEYS},
+        "bytes": p.bytes,
+        "hours": p.hours,
+        "peaks": job.peaks(p.choice),
+        "steps": {name: asdict(step) for name, step in vars(steps).items() if isinstance(step, Step)},
+    }
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB"
