@@ -99,7 +99,7 @@ def three_updates(layout=None, options=None, parallel=None, method="rcm", change
     COUNTER.equivalents()
     for iteration in range(1, settings.schedule.iterations + 1):
         row, sums = run.step(iteration)
-        rows.append({**row, **means(totals(sums, mesh), settings.batch)})
+        rows.append({**row, **means(totals(sums, 0, mesh)[0], settings.batch)})
     weights = {f"{role}.{n}": whole(p) for role, le in run.learners.items() for n, p in le.network.named_parameters()}
     averages = {f"ema.{name}": whole(value) for name, value in run.ema.average.items()}
     return rows, gradients, weights | averages, COUNTER.equivalents()

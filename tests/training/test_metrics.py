@@ -52,8 +52,8 @@ def test_means_are_over_the_samples_that_count(monkeypatch):
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     sums = {"scm_loss": 0.5, "scm_tangent_norm_sum": 9.0, "scm_nan": 2.0, "real_logit_sum": 10.0}
-    figures = totals({key: torch.tensor(value) for key, value in sums.items()}, start(device="cpu"))
-    assert figures == sums
+    figures, signals = totals({key: torch.tensor(value) for key, value in sums.items()}, 2, start(device="cpu"))
+    assert (figures, signals) == (sums, 2)
     assert means(figures, 5) == {"scm_loss": 0.5, "scm_tangent_norm": 3.0, "scm_nan": 2.0, "real_logit": 2.0}
 
 

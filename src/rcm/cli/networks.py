@@ -37,7 +37,7 @@ def student_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 def open_networks(config: Mapping[str, Any], folder: Path, mesh: Mesh) -> Networks:
     """Build all on the device of `mesh`, each as `parallel` says, from the teacher in the DCP folder."""
     settings, parallel = Settings.of(config), Parallel.of(config)
-    common = {"precision": parallel.precision, "compile": parallel.compile}
+    common: dict[str, Any] = {"precision": parallel.precision, "compile": parallel.compile}
     try:
         with torch.device("meta"):
             teacher = rcm.networks.build(config["network"])

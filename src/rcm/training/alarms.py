@@ -51,15 +51,16 @@ class Alarms:
 
     def _signs(self, row: Mapping[str, Any]) -> dict[str, bool]:
         faulty = max((value for key, value in row.items() if key.endswith("_nan")), default=0)
-        tangent = next((value for key, value in row.items() if key.endswith("_tangent_norm")), None)
+        tangent = _number(next((value for key, value in row.items() if key.endswith("_tangent_norm")), None))
         signs = {
             "faulty_samples": faulty > FAULTY_SHARE * self.batch,
             "faulty_gradients": row["nonfinite_gradients"] > 0,
             "no_gradient": row["gradient_norm"] == 0,
-            "tangent_leap": _finite(tangent) and self._leaps(tangent),
+            "tangent_leap": math.isfinite(tangent) and self._leaps(tangent),
         }
         for key, drift in self._drifts.items():
-            signs[drift.name] = _finite(row.get(key)) and drift.takes(row[key])
+            value = _number(row.get(key))
+            signs[drift.name] = math.isfinite(value) and drift.takes(value)
         return signs
 
     def _leaps(self, tangent: float) -> bool:
@@ -84,5 +85,6 @@ class _Drift:
         return median > GROWTH * self.lowest
 
 
-def _finite(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
+def _number(value: float | None) -> float:
+    """NaN for what is not there, and for what a file has as null."""
+    return math.nan if value is None else value

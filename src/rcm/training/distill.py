@@ -36,7 +36,7 @@ Preview = Callable[[int, Callable[..., Tensor]], None]  # (update, denoiser of t
 def distill(
     config: Mapping[str, Any],
     *,
-    student: nn.Module,
+    student: Any,
     teacher: nn.Module,
     fake: nn.Module | None,
     data: LatentDataset,
@@ -82,18 +82,18 @@ def distill(
                 start=learner.updates, words=null_text.shape[1], workers=parallel.workers, device=mesh.device,
             )  # fmt: skip
             run.feeds[role] = stack.enter_context(reading)
-        record = _Record(settings, resume_dir, done, identity) if mesh.is_main else None
+        tokens = settings.batch * math.prod(data.samples[0].latents_CTHW.shape[1:]) // math.prod(student.patch)
+        record = _Record(settings, identity, resume_dir, done, tokens, mesh.device) if mesh.is_main else None
         profiler = Profiler(settings.profile if mesh.is_main else None, beside(resume_dir, ".trace.json"))
         caught = stack.enter_context(caught_signals())
         for iteration in range(done + 1, iterations + 1):
             start = time.perf_counter()
             with profiler.step(iteration):
                 row, sums = run.step(iteration)
-                figures = totals({**sums, ".signals": torch.tensor(len(caught), dtype=torch.float64)}, mesh)
-            interrupted = figures.pop(".signals") > 0
+                figures, interrupted = totals(sums, len(caught), mesh)
             row |= means(figures, settings.batch)
             if record is not None:
-                record.write(iteration, row, time.perf_counter() - start, _tokens(student, data), mesh.device)
+                record.write(iteration, row, time.perf_counter() - start)
             if advance is not None:
                 advance(1, _note(row))
             if preview is not None and _is_due(row, settings.preview_every):
@@ -103,7 +103,7 @@ def distill(
             if interrupted or last or iteration % settings.state_every == 0:
                 if record is not None:
                     record.log.flush()
-                states.save(iteration, run.state(), wait=interrupted or last)
+                states.save(iteration, run.state(), wait=last or interrupted > 0)
             if interrupted:
                 mesh.barrier()
                 leave(iteration, iterations, resume_dir, speak=mesh.is_main)
@@ -117,28 +117,25 @@ def distill(
 class _Record:
     """What rank 0 writes down of every step: the row of figures, with the alarms that it sets off."""
 
-    def __init__(self, settings: Settings, resume_dir: Path, done: int, identity: Mapping[str, Any]):
-        self.batch = settings.batch
+    def __init__(
+        self, settings: Settings, identity: Mapping[str, Any], resume_dir: Path, done: int, tokens: int, device: Any
+    ):
+        self.batch, self.tokens, self.device = settings.batch, tokens, device
         self.log = MetricsLog(resume_dir / "metrics.jsonl", step=done, wandb=settings.wandb, config=identity)
         self.alarms = Alarms(settings.batch)
         for row in self.log.rows():
             self.alarms.look(row, speak=False)
 
-    def write(self, iteration: int, row: dict[str, Any], seconds: float, tokens: int, device: torch.device) -> None:
+    def write(self, iteration: int, row: dict[str, Any], seconds: float) -> None:
         row["alarms"] = self.alarms.look(row)
         wall = {
             "seconds": seconds,
             "samples_per_second": self.batch / seconds,
-            "tokens_per_second": self.batch * tokens / seconds,
-            "peak_mib": torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else peak_mib(),
+            "tokens_per_second": self.tokens / seconds,
+            "peak_mib": torch.cuda.max_memory_allocated() / 2**20 if self.device.type == "cuda" else peak_mib(),
             "forwards": COUNTER.equivalents(),
         }
         self.log.write(iteration, {**row, "wall": wall})
-
-
-def _tokens(network: Any, data: LatentDataset) -> int:
-    """Tokens of a sample."""
-    return math.prod(data.samples[0].latents_CTHW.shape[1:]) // math.prod(network.patch)
 
 
 def _note(row: Mapping[str, Any]) -> str:

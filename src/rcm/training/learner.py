@@ -96,7 +96,7 @@ def adamw(parameters: Iterable[nn.Parameter], settings: Settings) -> torch.optim
     }
     if optimizer_kind(settings.optimizer, parameters[0].device.type) == "torch":
         return torch.optim.AdamW(parameters, fused=True, **options)
-    from transformer_engine.pytorch.optimizers import FusedAdam  # type: ignore[import-not-found]
+    from transformer_engine.pytorch.optimizers import FusedAdam
 
     return FusedAdam(parameters, adam_w_mode=True, **options)
 

@@ -55,18 +55,20 @@ class MetricsLog:
             self._wandb.finish()
 
 
-def totals(sums: Mapping[str, Tensor], mesh: Mesh) -> dict[str, float]:
-    """Sums over all ranks, in one message and fetched from the device at once.
+def totals(sums: Mapping[str, Tensor], signals: int, mesh: Mesh) -> tuple[dict[str, float], int]:
+    """The sums over all samples, and the number of signals that all ranks have caught, in one message.
 
-    Ranks of one context group hold the figures of the same samples, which count once. Keys that begin with a dot are
-    those of a rank: they count always.
+    Ranks of one context group hold the figures of the same samples, which count once.
     """
-    once = mesh.context_rank == 0
-    own = [x.double() if once or key.startswith(".") else torch.zeros_like(x, dtype=float) for key, x in sums.items()]
-    values = torch.stack([x.to(mesh.device) for x in own])
+    values = torch.stack(
+        [*(x.double() for x in sums.values()), torch.tensor(float(signals), dtype=torch.float64, device=mesh.device)]
+    )
+    if mesh.context_rank > 0:
+        values[:-1] = 0
     if mesh.group is not None:
         dist.all_reduce(values, group=mesh.group)
-    return dict(zip(sums, values.tolist(), strict=True))
+    *figures, caught = values.tolist()
+    return dict(zip(sums, figures, strict=True)), int(caught)
 
 
 def means(sums: Mapping[str, float], batch: int) -> dict[str, float]:
