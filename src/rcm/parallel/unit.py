@@ -98,7 +98,7 @@ def make_unit(module: nn.Module, *, recompute: str = "none", share: float = 0.0,
 
 
 @cache
-def _unit_class(kind: type[nn.Module]) -> type[Unit]:
+def _unit_class(kind: Any) -> type[Unit]:
     """One class for all modules of a kind: `torch.compile` then compiles one block for all."""
     return type(f"Unit{kind.__name__}", (Unit, kind), {})
 
