@@ -15,8 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
-INTERRUPTED = 75
+from rcm.training.signals import EXIT_INTERRUPTED, SIGNALS
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -72,8 +71,12 @@ def _first_cause(failures: Mapping[int, Any]) -> int:
     code = failures[rank].exitcode
     status = 128 - code if code < 0 else code
     how = f"was killed by {signal.Signals(-code).name}{_HINTS.get(-code, '')}" if code < 0 else f"ended with {code}"
-    if code != INTERRUPTED:
-        print(f"rcm.launch: rank {rank} failed first: it {how}; all others were ended", file=sys.stderr, flush=True)
+    if code != EXIT_INTERRUPTED:
+        print(
+            f"rcm.launch: rank {rank} failed first: it {how}; the others on this machine were ended",
+            file=sys.stderr,
+            flush=True,
+        )
     return status
 
 
