@@ -18,7 +18,7 @@ import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -40,6 +40,7 @@ from rcm.networks import build
 from rcm.networks.discriminator import FakeScore
 from rcm.objectives import Rollout
 from rcm.parallel import Mesh, parallelize
+from rcm.training import updates
 from rcm.training.plan import Choice, Job
 from rcm.training.updates import Distillation
 
@@ -100,7 +101,8 @@ class LiveBytes(TorchDispatchMode):
 
     def look(self) -> dict[str, int]:
         """The categories at the largest sum since the last look."""
-        found, self.largest = {k: v for k, v in self.at_largest.items() if v}, 0
+        found = {k: v for k, v in self.at_largest.items() if v}
+        self.largest, self.at_largest = self.now, Counter(self.live)
         return found
 
     def _resized(self, storage: Any) -> None:
@@ -252,13 +254,44 @@ def held(made: Distillation) -> dict[str, list[Tensor]]:
     }
 
 
-def steps(made: Distillation, look: Callable[[], Any]) -> dict[str, Any]:
-    """What `look` says behind a student's and behind a critic's step."""
-    found = {}
-    look()
-    for role in made.learners:
-        getattr(made, f"{role}_step")()
-        found[role] = look()
+PARTS = {  # of a step: the function that begins with it, what is run inside, and what comes behind
+    "scm_loss": ("student: forward", "student: backward"),
+    "roll_out": ("{}: rollout", ""),
+    "dmd_loss": ("DMD: teacher", "DMD: backward"),
+    "adversarial_loss": ("GAN: forward", "GAN: backward"),  # and that of DMD, which follows
+    "critic_loss": ("critic: forward", "critic: backward"),
+    "adversarial_critic_loss": ("critic: forward", "critic: backward"),
+}
+
+
+def steps(made: Distillation, look: Callable[[], Mapping[str, int]]) -> dict[str, Mapping[str, int]]:
+    """What `look` says behind each part of a student's and of a critic's step; the most, where there are several."""
+    found: dict[str, Mapping[str, int]] = {}
+    part = ""
+
+    def turn(following: str) -> None:
+        nonlocal part
+        seen = look()
+        if part and sum(seen.values()) > sum(found.get(part, {}).values()):
+            found[part] = seen
+        part = following
+
+    def wrapped(function: Callable[..., Any], inside: str, behind: str) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            turn(inside.format("DMD" if options.get("grad_last") else "critic"))
+            result = function(*arguments, **options)
+            turn(behind)
+            return result
+
+        return call
+
+    with ExitStack() as patches:
+        for name, parts in PARTS.items():
+            patches.enter_context(mock.patch.object(updates, name, wrapped(getattr(updates, name), *parts)))
+        update = wrapped(updates.Learner.update, "optimiser", "")
+        patches.enter_context(mock.patch.object(updates.Learner, "update", update))
+        for role in made.learners:
+            getattr(made, f"{role}_step")()
     return found
 
 
@@ -270,11 +303,13 @@ class _Zero:
 
 
 def live(job: Job, choice: Choice, *, fake: bool) -> dict[str, dict[str, int]]:
-    """Live bytes by category at the peak of each step of rank 0; `fake`: of tensors without memory.
+    """Live bytes by category at the peak of each part of a step of rank 0; `fake`: of tensors without memory.
 
-    Initialises a process group in which collectives do nothing, and ends it.
+    Where there is no process group, it is one in which collectives do nothing.
     """
-    dist.init_process_group("fake", rank=0, world_size=choice.layout.world, store=FakeStore())
+    alone = not dist.is_initialized()
+    if alone:
+        dist.init_process_group("fake", rank=0, world_size=choice.layout.world, store=FakeStore())
     mesh = Mesh(choice.layout, torch.device("cpu"))
     assert mesh.parameters is not None  # made before tensors are fake
     latents, text = tuple(job.latents), (job.words, job.network["text_width"])
@@ -297,7 +332,21 @@ def live(job: Job, choice: Choice, *, fake: bool) -> dict[str, dict[str, int]]:
                     tracker.mark(tensors, category)
                 return steps(made, tracker.look)
     finally:
-        dist.destroy_process_group()
+        if alone:
+            dist.destroy_process_group()
+
+
+def foretold(job: Job, choice: Choice) -> dict[str, dict[str, float]]:
+    """The plan's bytes for the same parts: of phases that are one part here, the largest."""
+    parts: dict[str, dict[str, float]] = {}
+    for phase, sizes in job.phases(choice).items():
+        part = {"student: teacher": "student: forward", "student: second forward": "student: forward"}.get(phase, phase)
+        part = part.replace("end of ", "")
+        if job.settings.gan_weight > 0 and part == "DMD: backward":
+            part = "GAN: backward"
+        if sum(sizes.values()) > sum(parts.get(part, {}).values()):
+            parts[part] = sizes
+    return parts
 
 
 def compare(planned: Mapping[str, float], found: Mapping[str, float]) -> dict[str, tuple[float, float]]:
@@ -326,16 +375,15 @@ def on_gpu(job: Job) -> None:
     dist.init_process_group("nccl", rank=0, world_size=1, store=dist.HashStore())
     mesh = Mesh(choice.layout, torch.device("cuda", 0))
 
-    def look() -> int:
+    def look() -> dict[str, int]:
         found = torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        return found
+        return {"total": found}
 
     found = steps(prepared(job, choice, mesh), look)
-    for role, most in found.items():
-        planned = job.peaks(choice)[role]
-        print(f"{torch.cuda.get_device_name()}, {role}'s step: planned {sum(planned.values()) / 1e9:.3f} GB, "
-              f"allocator's peak {most / 1e9:.3f} GB")  # fmt: skip
+    print(f"{torch.cuda.get_device_name()}, allocator's peak:")
+    for part, planned in foretold(job, choice).items():
+        print(table(part, {"total": (sum(planned.values()), found[part]["total"])}))
     dist.destroy_process_group()
 
 
@@ -351,9 +399,9 @@ def main() -> None:
     choice = job.choice(gpus=given.gpus)
     print(f"torch {torch.__version__}; {' '.join(given.overrides)}; {choice}")
     found, written = live(job, choice, fake=not given.real), {}
-    for role, planned in job.peaks(choice).items():
-        rows = written[role] = compare(planned, found[role])
-        print(table(f"{role}'s step", rows), flush=True)
+    for part, planned in foretold(job, choice).items():
+        rows = written[part] = compare(planned, found[part])
+        print(table(part, rows), flush=True)
     if given.json:
         given.json.write_text(json.dumps(written, indent=1))
     if torch.cuda.is_available():

@@ -100,8 +100,8 @@ def _head(job: Job, cluster: Cluster) -> str:
             f"{schedule.critic_updates:,} of the critic",
             f"{cluster.gpus} GPUs, {cluster.per_node} a node, {_gib(cluster.memory)} each, "
             f"{cluster.reserve:.0%} kept free; assumed: {cluster.peak / 1e12:g} TFLOP/s at {cluster.utilisation:.0%},",
-            f"{cluster.node / 1e9:g} GB/s inside a node, {cluster.network / 1e9:g} GB/s a GPU between nodes, traffic of "
-            "weights hidden behind products",
+            f"{cluster.node / 1e9:g} GB/s inside a node, {cluster.network / 1e9:g} GB/s a GPU between nodes, traffic "
+            "of weights hidden behind products",
         ]
     )
 

@@ -194,8 +194,8 @@ def fitting(job: Job, cluster: Cluster, stated: Mapping[str, Any]) -> list[Propo
     least = min(found, key=lambda p: p.bytes)
     raise UserError(
         f"{'the stated settings do not fit' if stated else 'nothing fits'} {cluster.gpus} GPUs: the least a rank "
-        f"needs is {_gib(least.bytes)} ({least.choice.overrides()}), {_gib(least.bytes - cluster.usable)} more than the "
-        f"{_gib(cluster.usable)} that can be used of {_gib(cluster.memory)}; {_remedy(job, cluster, stated)}"
+        f"needs is {_gib(least.bytes)} ({least.choice.overrides()}), {_gib(least.bytes - cluster.usable)} more than "
+        f"the {_gib(cluster.usable)} that can be used of {_gib(cluster.memory)}; {_remedy(job, cluster, stated)}"
     )
 
 

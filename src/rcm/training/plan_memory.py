@@ -143,16 +143,17 @@ class Work:
 # --- Activations, in tensors of the tokens -------------------------------------------------------------------------
 
 
-def at_work(work: Work, *, tangents: bool) -> float:
-    """The most that the forward pass of a block holds besides its input, without a graph.
+def at_work(work: Work, *, tangents: bool) -> tuple[float, float]:
+    """The most that the forward pass of a block holds besides its input, without a graph; and of what is exchanged.
 
     The MLP (its input, the residual, two hidden tensors), the rotation of queries and keys, or the exchange of the
-    context group (four copies of the message, of which two are counted as communication).
+    context group. There the message of queries, keys and values is there four times, thrice as communication; with
+    tangents, what it brings are parts of one tensor, and forward mode adds zeros of the size of the whole to each.
     """
     m = work.ratio
-    if not tangents:
-        return max(2 + 2 * m, 8, 4 + 6 if work.context > 1 else 0)
-    return max(6 + 4 * m, 18, 9 + 12 if work.context > 1 else 0)
+    alone = max(5 + 4 * m, 18) if tangents else max(2 + 2 * m, 8)
+    exchange = (35, 6) if tangents else (7, 9)
+    return exchange if work.context > 1 and sum(exchange) > alone else (alone, 0)
 
 
 def kept_of_block(work: Work, *, tangents: bool) -> float:
@@ -238,7 +239,7 @@ def resident(work: Work, objective: Objective) -> Bytes:
         "teacher": 0 if work.offload_teacher and work.sharded else network.bytes(ranks, work.itemsize),
         "EMA": master,
         "moments": 2 * learners * master,
-        "loss": 2 * latents + text,  # a sample, its noise, its text, the empty text
+        "loss": latents + text,  # samples, their text, the empty text
     }
 
 
@@ -249,21 +250,26 @@ def _each(work: Work, objective: Objective) -> Iterator[tuple[str, Bytes]]:
     backward = backward_of_block(work, tangents=False)
     teacher = 2 if objective.guided else 1
     if objective.consistency:
-        yield "student: teacher", _forward(work, 0, times=teacher, latents=(6, 0), full=more)
+        yield "student: teacher", _forward(work, teacher * embedded, times=teacher, latents=(6, 1), full=more)
         yield from _consistency(work, objective, kept, embedded)
     if objective.dmd:
         full, done, both = objective.consistency or more, kept + HEAD, 2 if objective.gan else 1
         yield "DMD: rollout", _forward(work, kept - 1, latents=(3, 1 + noises), full=full)
-        yield "DMD: teacher", _forward(work, done, times=teacher, latents=(2 + 3 * teacher, noises + 1), full=full)
+        yield (
+            "DMD: teacher",
+            _forward(work, done + teacher * embedded, times=teacher, latents=(2 + 3 * teacher, noises + 2), full=full),
+        )
         if objective.gan:
-            yield from _backward(work, "GAN", done + kept, backward, latents=(4, noises), full=full, weights=False)
-        yield from _backward(work, "DMD", kept, backward, latents=(1, noises), full=full)
-        yield "critic: rollout", _forward(work, 0, latents=(3, 1 + noises), full=more)
+            yield from _backward(work, "GAN", done + kept, backward, latents=(4, noises + 1), full=full, weights=False)
+        yield from _backward(work, "DMD", kept, backward, latents=(0, 0), full=full)
+        yield "critic: rollout", _forward(work, embedded, latents=(3, 1 + noises), full=more)
         yield (
             "critic: forward",
-            _forward(work, both * (kept - 1), times=both, latents=(2 + 3 * both, both + noises), full=more),
+            _forward(work, both * (kept - 1), times=both, latents=(3 + 3 * both, noises + 1 + both), full=more),
         )
-        yield from _backward(work, "critic", both * kept, both * backward, latents=(2 * both, noises), full=more)
+        yield from _backward(
+            work, "critic", both * kept, both * backward, latents=(2 * both - 1, noises + 1), full=more
+        )
     yield "optimiser", {"gradients": _gradients(work)}
 
 
@@ -273,13 +279,14 @@ def _consistency(work: Work, objective: Objective, kept: float, embedded: float)
     shared = tangents and work.shared_tangents
     graph = layers * kept_of_block(work, tangents=shared) + embedded
     open_ = graph
-    if shared and work.recompute == "none":  # tangents of what is saved live as long as the dual level
+    if shared:  # tangents of what is saved live as long as the dual level
         rule = KEPT[work.network.kind]
-        open_ += layers * (rule.tangents - rule.left + 2 * work.ratio)
+        none = work.recompute == "none"
+        open_ += layers * (rule.tangents - rule.left + 2 * work.ratio) if none else layers - 2
     before = open_ - 1 if shared or not tangents else embedded
-    yield "student: forward", _forward(work, before, tangents=tangents, latents=(7, 2), full=more)
+    yield "student: forward", _forward(work, before, tangents=tangents, latents=(7, 3), full=more)
     if not work.shared_tangents:
-        yield "student: second forward", _forward(work, kept - 1, latents=(5, 1), full=more)
+        yield "student: second forward", _forward(work, kept - 1, latents=(5, 2), full=more)
     last = backward_of_block(work, tangents=shared)
     yield from _backward(work, "student", graph, last, latents=(0, 0), full=more)
 
@@ -291,14 +298,13 @@ def _forward(
 
     `full`: the gradients of earlier passes are there.
     """
-    message = (6 if tangents else 3) * (work.context > 1)
-    busy = times * (1 + at_work(work, tangents=tangents))
+    busy, exchanged = (times * count * work.tensor for count in at_work(work, tangents=tangents))
     return {
         "gradients": _gradients(work) if full else 0,
         "gathered": _unit(work, "block") + _unit(work, "root"),
-        "communication": _unit(work, "block") * (work.sharing > 1) + 2 * times * message * work.tensor,
+        "communication": _unit(work, "block") * (work.sharing > 1) + exchanged,
         "kept": kept * work.tensor,
-        "at work": busy * work.tensor,
+        "at work": times * work.tensor + busy,
         "loss": _latents(work, latents) + times * _text(work) * (times > 1) + _rotary(work, angles=True),
     }
 
@@ -312,10 +318,11 @@ def _backward(
     common = {
         "gathered": _unit(work, "block") + _unit(work, "root"),
         "communication": (_unit(work, "block") + block * FLOAT * weights) if work.sharing > 1 else 0,
-        "at work": last * work.tensor,
+        # at the end of a block its own gradients are there, whole, and little else
+        "at work": max(last * work.tensor, 10 * work.tensor + _unit(work, "block") * weights),
         "loss": _latents(work, latents) + _rotary(work, angles=False),
     }
-    early = _gradients(work) + shard if full else shard * weights
+    early = _gradients(work) if full else shard * weights
     yield f"{name}: backward", common | {"kept": kept * work.tensor, "gradients": early}
     if weights and not full:
         end = {"kept": kept / layers * work.tensor, "gradients": _gradients(work)}
