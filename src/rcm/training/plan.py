@@ -6,7 +6,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import torch
+
 from rcm.artefact import UserError
+from rcm.networks.discriminator import Discriminator
 from rcm.parallel import RECOMPUTE, Layout
 from rcm.parallel.mesh import fit
 
@@ -72,7 +75,12 @@ class Job:
         s = self.settings
         exact = s.derivative if s.consistency in ("scm", "meanflow") else "none"
         scale = s.guidance + (s.guidance_form == "conditional")
-        return Objective(s.consistency_weight > 0, exact, s.dmd_weight > 0, s.gan_weight > 0, scale != 1, s.max_rollout)
+        gan, branch = s.gan_weight > 0, []
+        if gan:
+            with torch.device("meta"):
+                read = Discriminator(self.network["width"], s.discriminator["heads"], len(s.discriminator["layers"]))
+            branch = [p.shape for p in read.parameters()]
+        return Objective(s.consistency_weight > 0, exact, s.dmd_weight > 0, gan, branch, scale != 1, s.max_rollout)
 
     def choice(self, gpus: int) -> Choice:
         """The configured one; UserError where it does not fit so many ranks."""

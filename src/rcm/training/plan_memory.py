@@ -8,7 +8,7 @@ Units: bytes. One *tensor of the tokens* is batch x tokens of a rank x width, in
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -84,13 +84,18 @@ class Network:
         return sum(self.numel(unit) * self.times(unit) for unit in self.shapes)
 
     def shard(self, unit: str, ranks: int) -> int:
-        """Elements of a unit on the first of `ranks`: axis 0 of every parameter is cut, the last parts are padded."""
-        return sum(-(-shape[0] // ranks) * math.prod(shape[1:]) if shape else 1 for shape in self.shapes[unit])
+        """Elements of a unit on the first of `ranks`."""
+        return shard(self.shapes[unit], ranks)
 
     def bytes(self, ranks: int, rounded: int) -> int:
         """Shards of all parameters; `rounded`: bytes of those that are not `precise`."""
         sizes = {unit: FLOAT if unit in self.precise else rounded for unit in self.shapes}
         return sum(self.shard(unit, ranks) * self.times(unit) * sizes[unit] for unit in self.shapes)
+
+
+def shard(shapes: Sequence[Sequence[int]], ranks: int) -> int:
+    """Elements on the first of `ranks`: axis 0 of every parameter is cut, and the last ones may have fewer or none."""
+    return sum(-(-shape[0] // ranks) * math.prod(shape[1:]) if shape else 1 for shape in shapes)
 
 
 @dataclass(frozen=True)
@@ -203,6 +208,7 @@ class Objective:
     derivative: str  # exact, semi_continuous, discrete; none for dCM
     dmd: bool
     gan: bool
+    branch: Sequence[Sequence[int]]  # shapes of the discriminator's parameters; its own pass, short, is not counted
     guided: bool
     max_rollout: int
 
@@ -229,16 +235,16 @@ def resident(work: Work, objective: Objective) -> Bytes:
     """What is there all the time, and does not depend on tokens."""
     network, ranks = work.network, work.sharing
     master = network.bytes(ranks, FLOAT)
-    learners = 2 if objective.dmd else 1
+    fake = master + shard(objective.branch, ranks) * FLOAT if objective.dmd else 0
     channels, *size = work.latents
     latents = work.samples * channels * math.prod(size) * FLOAT
     text = _text(work) * (1 + 1 / work.samples)
     return {
         "student": master,
-        "fake score": master if objective.dmd else 0,
+        "fake score": fake,
         "teacher": 0 if work.offload_teacher and work.sharded else network.bytes(ranks, work.itemsize),
         "EMA": master,
-        "moments": 2 * learners * master,
+        "moments": 2 * (master + fake),
         "loss": latents + text,  # samples, their text, the empty text
     }
 
@@ -257,7 +263,7 @@ def _each(work: Work, objective: Objective) -> Iterator[tuple[str, Bytes]]:
         yield "DMD: rollout", _forward(work, kept - 1, latents=(3, 1 + noises), full=full)
         yield (
             "DMD: teacher",
-            _forward(work, done + teacher * embedded, times=teacher, latents=(2 + 3 * teacher, noises + 2), full=full),
+            _forward(work, done + teacher * embedded, times=teacher, latents=(3 + 3 * teacher, noises + 3), full=full),
         )
         if objective.gan:
             yield from _backward(work, "GAN", done + kept, backward, latents=(4, noises + 1), full=full, weights=False)
@@ -349,6 +355,7 @@ def _latents(work: Work, count: tuple[int, int]) -> int:
 
 
 def _rotary(work: Work, *, angles: bool) -> int:
-    """Cosines and sines of all tokens; float64 angles while a forward pass runs."""
+    """Cosines and sines of all tokens, with float64 angles while a forward pass runs; and the text as it enters."""
     each = work.tokens * work.network.width // work.network.heads
-    return each * (2 * work.itemsize + 8 * angles)
+    text = work.samples * work.words * work.network.text_width * work.itemsize
+    return each * (2 * work.itemsize + 8 * angles) + text
