@@ -9,7 +9,7 @@ attention computes the scores again). `Pass.equivalents` is the rougher count of
 """
 
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -119,7 +119,7 @@ class Step:
 def step(work: Work, layout: Layout, cluster: Cluster, passes: list[Pass]) -> Step:
     """The sum over the passes of all micro-batches."""
     products, attention = forward_operations(work)
-    sent: Counter[str] = Counter()
+    sent: defaultdict[str, float] = defaultdict(float)
     total = [0.0, 0.0]
     seconds = 0.0
     for each in passes:
@@ -127,7 +127,8 @@ def step(work: Work, layout: Layout, cluster: Cluster, passes: list[Pass]) -> St
         total = [total[0] + linear * products, total[1] + quadratic * attention]
         busy = (linear * products + quadratic * attention) / (cluster.peak * cluster.utilisation)
         moved = _bytes(work, layout, each)
-        sent.update(moved)  # type: ignore[arg-type]
+        for kind, size in moved.items():
+            sent[kind] += size
         sharing = layout.shard * layout.context
         weights = (moved["all-gather"] + moved["reduce-scatter"]) / cluster.bandwidth(sharing)
         weights += moved["all-reduce"] / cluster.bandwidth(layout.replicate, sharing)
