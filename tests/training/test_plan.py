@@ -50,7 +50,8 @@ def test_the_plan_is_what_a_step_holds(given: list[str]) -> None:
             assert rows[key][0] == rows[key][1], (part, key)
         if job.settings.gan_weight == 0:  # else the discriminator's own pass, which the plan leaves out
             assert rows["gathered"][0] == pytest.approx(rows["gathered"][1], rel=0.02), part
-        assert rows["total"][0] == pytest.approx(rows["total"][1], rel=0.12), part
+        small = 0.1 if choice.layout.context > 1 else 0.06  # of 30 MB, where small things count
+        assert rows["total"][0] == pytest.approx(rows["total"][1], rel=small), part
 
 
 @pytest.mark.slow
