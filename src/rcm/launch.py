@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +53,19 @@ def _forward(number: int, _frame: Any) -> None:
     """Pass a signal on to the ranks; without any yet, end by it."""
     ranks = _children()
     for pid in ranks:
-        os.kill(pid, number)
+        with suppress(ProcessLookupError):  # it has ended since
+            os.kill(pid, number)
     if not ranks:
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
 
 
 def _children() -> list[int]:
-    return [int(pid) for file in Path("/proc/self/task").glob("*/children") for pid in file.read_text().split()]
+    pids: list[int] = []
+    for file in Path("/proc/self/task").glob("*/children"):
+        with suppress(FileNotFoundError, ProcessLookupError):  # the thread has ended since
+            pids += map(int, file.read_text().split())
+    return pids
 
 
 def _first_cause(failures: Mapping[int, Any]) -> int:

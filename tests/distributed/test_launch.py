@@ -19,7 +19,7 @@ from tests.training.test_distill import configuration
 from rcm.checkpoints import load_dcp
 from rcm.cli import main
 from rcm.cli.ranks import PATIENCE, speaker
-from rcm.launch import _first_cause
+from rcm.launch import _children, _first_cause, _forward
 from rcm.parallel import parallelize, start
 from rcm.training.distill import distill
 from rcm.training.signals import EXIT_INTERRUPTED
@@ -132,6 +132,18 @@ def test_a_signal_to_the_launcher_reaches_the_ranks(tmp_path):
     assert status == EXIT_INTERRUPTED
     (line,) = said
     assert "interrupted: the state after iteration 3 of 10" in line
+
+
+def test_a_rank_or_thread_that_has_just_ended_keeps_no_signal_from_the_others(monkeypatch):
+    ended, alive = [subprocess.Popen([sys.executable, "-c", f"import time; time.sleep({s})"]) for s in (0, 60)]
+    ended.wait()
+    monkeypatch.setattr(Path, "glob", lambda *_: [Path("/proc/self/task/0/children")])
+    assert _children() == []
+    monkeypatch.undo()
+    assert alive.pid in _children()
+    monkeypatch.setattr("rcm.launch._children", lambda: [ended.pid, alive.pid])
+    _forward(signal.SIGTERM, None)
+    assert alive.wait(10) == -signal.SIGTERM
 
 
 def test_the_first_cause_is_not_its_consequence(capsys):
