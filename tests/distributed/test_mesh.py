@@ -1,19 +1,36 @@
 import pytest
 import torch
+import torch.distributed as dist
 
 from rcm.artefact import UserError
 from rcm.parallel.mesh import Layout, fit, start
 
 
 def describe(replicate, shard, context):
-    mesh = start(replicate=replicate, shard=shard, context=context, device="cpu")
-    value = torch.tensor(float(10**mesh.rank))
-    return mesh.data_rank, mesh.context_rank, mesh.total(value).item(), mesh.broadcast_object(mesh.rank + 7)
+    mesh = start(replicate=replicate, shard=shard, context=context, device="cpu", timeout=77)
+    groups = [mesh.parameters.get_group(axis) for axis in range(mesh.parameters.ndim)]
+    if context < mesh.world:
+        groups.append(mesh.context_group)
+    limits = {g._get_backend(torch.device("cpu")).options._timeout.total_seconds() for g in groups if g.size() < 4}
+    total = torch.tensor(float(10**mesh.rank))
+    dist.all_reduce(total, group=mesh.context_group)
+    return mesh.data_rank, mesh.context_rank, total.item(), mesh.parameters.mesh.tolist(), limits
 
 
-def test_context_counts_fastest_and_totals_count_every_sample_once(ranks):
-    assert ranks(4, describe, 1, None, 2) == [(0, 0, 101.0, 7), (0, 1, 1010.0, 7), (1, 0, 101.0, 7), (1, 1, 1010.0, 7)]
-    assert ranks(4, describe, 2, None, 1) == [(rank, 0, 1111.0, 7) for rank in range(4)]
+def test_context_counts_fastest(ranks):
+    found = ranks(4, describe, 1, None, 2)
+    assert [row[:3] for row in found] == [(0, 0, 11.0), (0, 1, 11.0), (1, 0, 1100.0), (1, 1, 1100.0)]
+    assert found[0][3] == [0, 1, 2, 3]
+
+
+def test_copies_are_neighbours_apart(ranks):
+    found = ranks(4, describe, 2, None, 1)
+    assert [row[:3] for row in found] == [(rank, 0, 10.0**rank) for rank in range(4)]
+    assert found[0][3] == [[0, 1], [2, 3]]
+
+
+def test_every_group_has_the_stated_time_out(ranks):
+    assert ranks(4, describe, 2, None, 2)[0][4] == {77.0}
 
 
 def test_alone(monkeypatch):
@@ -21,7 +38,6 @@ def test_alone(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     mesh = start(device="cpu")
     assert (mesh.group, mesh.world, mesh.is_main, mesh.data_size) == (None, 1, True, 1)
-    assert mesh.total(torch.tensor(3.0)) == 3
 
 
 def test_sizes_that_do_not_fit_are_named():

@@ -85,7 +85,7 @@ def compare(results, frames=1, times=1, context=1, kind="wan"):
         close(sum(part[-1] for part in parts), x_grad[parts[0][0]])
 
 
-@pytest.mark.parametrize("recompute", RECOMPUTE)
+@pytest.mark.parametrize("recompute", ["none", "blocks"])
 def test_compiled_blocks_share_one_graph(alone, recompute, monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     torch.compiler.reset()
@@ -191,6 +191,18 @@ def test_forward_equivalents(alone, recompute, shared, cost):
     assert COUNTER.equivalents() == {}
 
 
+@pytest.mark.parametrize(("recompute", "cost"), [("none", 2), ("blocks", 3)])
+def test_forward_equivalents_of_frozen_weights(alone, recompute, cost):
+    """The backward pass to the inputs alone is half of a whole one."""
+    built = network().requires_grad_(False)
+    parallelize(built, alone, recompute=recompute)
+    x, time, text, *_ = case()
+    COUNTER.equivalents()
+    with COUNTER.part("fake", BATCH):
+        built(x.requires_grad_(), time, text).sum().backward()
+    assert COUNTER.equivalents() == {"fake": pytest.approx(cost)}
+
+
 def test_recomputation_keeps_inputs_alone(alone):
     """Bytes that autograd keeps between the passes: of a recomputed block, its inputs."""
 
@@ -220,9 +232,17 @@ def test_heads_that_do_not_divide_are_refused(ranks):
     assert ranks(4, refusal, {"heads": 6, "width": 24}, {"context": 4}, {}) == [message] * 4
 
 
-def test_rounding_needs_ranks(alone):
-    with pytest.raises(UserError, match=r"rcm\.launch --standalone --nproc-per-node 1"):
-        parallelize(network(), alone, precision="bfloat16")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precision": "bfloat16"}, r"precision=bfloat16 .* rcm\.launch --standalone --nproc-per-node 1"),
+        ({"offload": True}, r"offload_teacher .* rcm\.launch --standalone --nproc-per-node 1"),
+        ({"compile": True, "recompute": "matmuls"}, "hides the products"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(alone, options, message):
+    with pytest.raises(UserError, match=message):
+        parallelize(network(), alone, **options)
 
 
 def refusal(sizes, layout, options):

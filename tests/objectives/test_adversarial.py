@@ -92,7 +92,11 @@ def test_gradients_of_the_critic_in_the_logistic_case() -> None:
     assert loss.item() == pytest.approx(alone.item() + weight * gan / batch, rel=1e-12)
     assert network.score.scale.grad.item() == pytest.approx(plain.score.scale.grad.item(), rel=1e-12)
     figures = {key: value.item() for key, value in metrics.items()}
-    sums = {"critic_gan_sum": gan, "real_logit_sum": data.sum().item(), "student_logit_sum": student.sum().item()}
+    sums = {
+        "critic_gan_sum": gan,
+        "critic_real_logit_sum": data.sum().item(),
+        "critic_student_logit_sum": student.sum().item(),
+    }
     assert figures == pytest.approx({"critic_nan": 0, **sums}, rel=1e-12)
 
 

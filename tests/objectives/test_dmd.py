@@ -190,3 +190,26 @@ def test_critic_is_at_rest_at_the_exact_score_of_the_student(t: float) -> None:
 @pytest.mark.parametrize(("elements", "expected"), [(1_996_800, 14.1), (261_120, 5.1), (3072, 0.55), (784, 0.28)])
 def test_balance_of_published_models(elements: int, expected: float) -> None:
     assert balance(0.01, elements) == pytest.approx(expected, abs=0.05)
+
+
+def test_a_sample_lost_on_the_way_spoils_no_weight() -> None:
+    """It is masked before the pass with the graph, in which 0 · NaN would reach every weight."""
+
+    def gradients(lost: list[int]) -> tuple[list[Tensor], dict[str, Tensor]]:
+        network, drawn = Mlp(2), rollout(3)
+        drawn.noises[1, lost] = math.nan
+        x0 = roll_out(Wrapped(network), drawn, CONDITION, grad_last=True)
+        nets = x0, Wrapped(Teacher(OTHER)), Wrapped(Conditional())
+        keeping = [i for i in range(BATCH) if i != 5]
+        if not lost:  # the others alone
+            nets = x0[keeping], *nets[1:]
+        chosen = slice(None) if lost else keeping
+        eps, times, condition = (a[chosen] for a in (noise(BATCH), TIMES, CONDITION))
+        loss, metrics = dmd_loss(*nets, eps, times, condition, NULL, batch=BATCH, guidance=2.0)
+        loss.backward()
+        return [p.grad for p in network.layers.parameters()], metrics
+
+    found, metrics = gradients([5])
+    assert metrics["dmd_nan"] == 1
+    for one, other in zip(found, gradients([])[0], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)

@@ -66,7 +66,7 @@ def adversarial_critic_loss(
     pass over 2 B samples. A pair counts where both are finite. `real_BCTHW` are data with the prompts `text`.
 
     Returns the loss and `critic_nan` (pairs skipped), `critic_gan_sum` (Σ of the adversarial part, not weighted),
-    `real_logit_sum`, `student_logit_sum` (Σ D).
+    `critic_real_logit_sum`, `critic_student_logit_sum` (Σ D).
     """
     t = per_sample(t_B, x0_BCTHW)
     x, v = t.cos() * x0_BCTHW + t.sin() * noise_BCTHW, t.cos() * noise_BCTHW - t.sin() * x0_BCTHW
@@ -82,7 +82,7 @@ def adversarial_critic_loss(
     metrics = {
         "critic_nan": (~finite).sum(),
         "critic_gan_sum": gan.detach(),
-        "real_logit_sum": real_B.detach().sum(),
-        "student_logit_sum": student_B.detach().sum(),
+        "critic_real_logit_sum": real_B.detach().sum(),
+        "critic_student_logit_sum": student_B.detach().sum(),
     }
     return loss, metrics

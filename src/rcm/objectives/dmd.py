@@ -34,9 +34,16 @@ def rollout_times(draws_NB: Tensor) -> Tensor:
 def roll_out(student: Wrapped, rollout: Rollout, text: Tensor, *, grad_last: bool) -> Tensor:
     """The student's sample x0 (B, C, T, H, W), as the few-step sampler makes it at inference; N passes.
 
-    With `grad_last` it carries the graph of its last step alone (of no other, whatever the mode outside).
+    With `grad_last` it carries the graph of its last step alone (of no other, whatever the mode outside). A sample that
+    is not finite on the way stays so, but does not pass through that graph, in which it would spoil all gradients.
     """
-    return consistency_sample(lambda x, t: student.denoise(x, t, text), *rollout, grad_last=grad_last)
+
+    def denoise(x: Tensor, t_B: Tensor) -> Tensor:
+        finite = finite_samples(x)
+        x0 = student.denoise(keep(finite, x), t_B, text)
+        return torch.where(per_sample(finite, x0).bool(), x0, math.nan)
+
+    return consistency_sample(denoise, *rollout, grad_last=grad_last)
 
 
 def dmd_loss(

@@ -17,6 +17,10 @@ from rcm.parallel.unit import COUNTER, RECOMPUTE, Counter, make_unit
 # what a layer returns may be a view, and nothing here writes into one
 warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
 
+_ONE_RANK = (
+    "which needs ranks, be it one: start with `python -m rcm.launch --standalone --nproc-per-node 1 -m rcm distill ...`"
+)
+
 __all__ = ["COUNTER", "RECOMPUTE", "Counter", "Layout", "Mesh", "parallelize", "round_weights", "start"]
 
 
@@ -47,8 +51,15 @@ def parallelize(
         compile: compile the blocks with `torch.compile` (passes with tangents run as they are).
 
     Gradients are summed over ranks, so that a loss must be divided by the global batch. Raises UserError for heads that
-    do not divide by the context, and for rounding without ranks.
+    do not divide by the context, and for what does not go together.
     """
+    if compile and recompute == "matmuls":
+        raise UserError(
+            "parallel.compile=true hides the products that parallel.recompute=matmuls keeps: set recompute to blocks "
+            "or none, or compile to false"
+        )
+    if offload and mesh.group is None:
+        raise UserError(f"parallel.offload_teacher is the work of FSDP, {_ONE_RANK}, or set it to false")
     if hasattr(network, "branch"):
         options: Any = {"recompute": recompute, "precision": precision, "offload": offload, "compile": compile}
         parallelize(network.score, mesh, **options)
@@ -69,10 +80,7 @@ def parallelize(
         share_tokens(network, mesh)
     if mesh.group is None:
         if dtype and trainable and any(p.dtype != dtype for p in network.parameters()):
-            raise UserError(
-                f"parallel.precision={precision} keeps its master weights in FSDP, which needs ranks, be it one: start "
-                "with `python -m rcm.launch --standalone --nproc-per-node 1 -m rcm distill ...`, or leave it at float32"
-            )
+            raise UserError(f"parallel.precision={precision} keeps master weights in FSDP, {_ONE_RANK}, or set float32")
         return
     _fsdp(precise, mesh, dtype=None, offload=offload)
     # the last one takes what remains

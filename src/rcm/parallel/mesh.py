@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from rcm.artefact import UserError
 
@@ -40,8 +39,8 @@ class Layout:
 class Mesh:
     """This process among all: alone (`group` is None), or one of `world` ranks of an initialised process group."""
 
-    def __init__(self, layout: Layout | None, device: torch.device):
-        self.device = device
+    def __init__(self, layout: Layout | None, device: torch.device, timeout: float = 600):
+        self.device, self.timeout = device, datetime.timedelta(seconds=timeout)
         self.group = dist.group.WORLD if layout else None
         self.layout = layout or Layout()
         self.rank = dist.get_rank() if layout else 0
@@ -50,34 +49,30 @@ class Mesh:
         self.data_size = self.layout.data_size
         self.data_rank, self.context_rank = divmod(self.rank, self.layout.context)
         if layout:
-            sizes = self.data_size, layout.context
-            work = init_device_mesh(device.type, sizes, mesh_dim_names=("data", "context"))
-            self.data_group, self.context_group = work.get_group("data"), work.get_group("context")
+            self.context_group = self._groups((self.data_size, layout.context))[1]
 
     @cached_property
     def parameters(self) -> DeviceMesh:
         """The mesh that parameters live on: one-dimensional for FSDP, two-dimensional for HSDP."""
         sharing = self.layout.shard * self.layout.context
+        names: tuple[str, ...] = ("replicate", "shard")
+        sizes: tuple[int, ...] = (self.layout.replicate, sharing)
         if self.layout.replicate == 1:
-            return init_device_mesh(self.device.type, (sharing,), mesh_dim_names=("shard",))
-        sizes = self.layout.replicate, sharing
-        return init_device_mesh(self.device.type, sizes, mesh_dim_names=("replicate", "shard"))
+            names, sizes = names[1:], sizes[1:]
+        ranks = torch.arange(self.world).view(sizes)
+        return DeviceMesh.from_group(self._groups(sizes), self.device.type, mesh=ranks, mesh_dim_names=names)
 
-    def total(self, x: Tensor) -> Tensor:
-        """The sum of x over the groups that share the batch out, a new tensor; x itself where there is one group."""
-        if self.data_size == 1:
-            return x
-        summed = x.detach().clone().to(self.device)
-        dist.all_reduce(summed, group=self.data_group)
-        return summed
+    def _groups(self, sizes: tuple[int, ...]) -> list[Any]:
+        """The group of this rank along each axis of ranks in an array of these sizes.
 
-    def broadcast_object(self, value: Any) -> Any:
-        """What rank 0 has, on every rank."""
-        if self.group is None:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
+        PyTorch's own meshes would leave them with its time-out instead of ours.
+        """
+        ranks, groups = torch.arange(self.world).view(sizes), []
+        for axis, size in enumerate(sizes):
+            rows = ranks.movedim(axis, -1).reshape(-1, size).tolist()
+            whole = size == self.world
+            groups.append(self.group if whole else dist.new_subgroups_by_enumeration(rows, timeout=self.timeout)[0])
+        return groups
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -109,7 +104,7 @@ def start(
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
-    return Mesh(layout, chosen)
+    return Mesh(layout, chosen, timeout)
 
 
 def fit(world: int, replicate: int, shard: int | None, context: int) -> Layout:

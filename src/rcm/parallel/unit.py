@@ -24,8 +24,9 @@ RECOMPUTE = ("none", "blocks", "matmuls")
 class Counter:
     """What the parts of a step cost, in forward passes of the network over one sample ("forward-equivalents").
 
-    A block's call counts 1, one with tangents 3, its backward pass 2, each times the samples of its batch and divided
-    by the number of blocks; under `matmuls`, the recomputation of what is no product of matrices counts nothing.
+    A block's call counts 1, one with tangents 3, its backward pass 2 (1 where its weights are frozen), each times the
+    samples of its batch and divided by the number of blocks; under `matmuls`, the recomputation of what is no product
+    of matrices counts nothing.
     """
 
     def __init__(self) -> None:
@@ -83,13 +84,13 @@ class Unit(nn.Module):
         else:
             out, self.out_tangent = _call(self, inputs, tangents)
         if out.requires_grad:
-            out.register_hook(lambda _: _count(2 * samples))
+            out.register_hook(lambda _: _count(_backward_cost(self) * samples))
         return out
 
 
 def make_unit(module: nn.Module, *, recompute: str = "none", share: float = 0.0, compile: bool = False) -> None:
     """Turn a module whose forward takes tensors by position, and returns one, into a unit, in place."""
-    kind = type(module)
+    kind: Any = type(module)
     module.__class__ = _unit_class(kind)
     unit: Any = module
     unit.recompute, unit.share, unit.tangents, unit.out_tangent = recompute, share, None, None
@@ -125,7 +126,7 @@ class _Recomputed(torch.autograd.Function):
         parameters = [p for p in unit.parameters() if p.requires_grad]
         with torch.enable_grad():
             out = unit.run(*inputs)
-        _count(3 * unit.share * len(inputs[0]))  # the value again, and its backward pass
+        _count((1 + _backward_cost(unit)) * unit.share * len(inputs[0]))
         wanted = [x for x in (*inputs, *parameters) if x.requires_grad]
         found = dict(zip(map(id, wanted), torch.autograd.grad(out, wanted, gradient, allow_unused=True), strict=True))
         nothing = [None] * (ctx.before - 2 - ctx.count)
@@ -137,6 +138,11 @@ def _call(unit: Unit, inputs: Sequence[Any], tangents: Sequence[Tensor | None] |
         return unit.run(*inputs), None
     out, tangent = dual.unpack(unit.own(*map(dual.pack, inputs, tangents)))
     return out, torch.zeros_like(out) if tangent is None else tangent.detach()
+
+
+def _backward_cost(unit: Unit) -> int:
+    """In forward passes: products give a gradient each to inputs and weights."""
+    return 2 if any(p.requires_grad for p in unit.parameters()) else 1
 
 
 def _count(cost: float) -> None:

@@ -14,8 +14,8 @@ class Schedule:
 
         after_warmup   (i - H) mod F = 0: F - 1 updates of the critic before each of the student's with DMD
         paper          i mod F = 0 (arXiv 2510.08431, algorithm 1); the same where F divides H, as in its table 4
-        reference      (i - H - 1) mod F = 0: the public code, which counts from 0. Its first update behind H
-                       comes before any of the critic and is without DMD too
+        reference      (i - H - 1) mod F = 0: the public code, which counts from 0. Where there is an H, the first
+                       update behind it comes before any of the critic and is without DMD too
     """
 
     student_updates: int

@@ -132,10 +132,12 @@ class Distillation:
         figures = {"dmd_loss": loss, **figures}
         weighted = s.dmd_weight * loss
         if s.gan_weight > 0:
-            # the gradient passes through the fake score, whose own weights must not collect any
+            # the gradient passes through the fake score, whose own weights have none
             x = x0.detach().requires_grad_()
+            fake.network.requires_grad_(False)
             gan, more = adversarial_loss(x, fake, noise, t_B, text, batch=s.batch)
             (gradient,) = torch.autograd.grad(gan, x)
+            fake.network.requires_grad_(True)
             weighted = weighted + s.gan_weight * (x0 * gradient).sum()
             figures |= {"gan_loss": gan, **more}
         return weighted, figures
