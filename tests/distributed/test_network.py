@@ -9,8 +9,10 @@ from torch._dynamo.utils import counters
 
 from rcm import dual, networks
 from rcm.artefact import UserError
+from rcm.flow import Wrapped, guided
 from rcm.networks.discriminator import FakeScore
 from rcm.parallel import COUNTER, RECOMPUTE, parallelize, start
+from rcm.sampling import consistency_sample, euler_sample
 
 SIZES = {"width": 16, "mlp_width": 32, "layers": 2, "heads": 4, "in_channels": 4, "out_channels": 4, "text_width": 8,
          "time_width": 16, "patch": [1, 1, 1], "time_scale": 10.0}  # fmt: skip
@@ -142,6 +144,25 @@ def test_a_time_for_every_frame_over_two(ranks):
 @pytest.mark.parametrize("context", [1, 2])
 def test_cosmos_over_two(ranks, context):
     compare(ranks(2, on_ranks, {"context": context}, {"recompute": "blocks"}, 3, 3, "cosmos"), 3, 3, context, "cosmos")
+
+
+def sampled(context):
+    """A student's few-step sample and a teacher's guided Euler sample, of nine tokens."""
+    built = network()
+    if context:
+        parallelize(built, start(context=context, device="cpu"))
+    x, _, text, *_, other = case()
+    model = Wrapped(built)
+    velocity = lambda x, r: guided(model.rf_velocity, x, r, text, torch.zeros(1, 5, 8).double(), 2.0)  # noqa: E731
+    with torch.no_grad():
+        few = consistency_sample(lambda x, t: model.denoise(x, t, text), [1.5, 1.0], [x, other])
+        return few, euler_sample(velocity, x, 3, 3.0, 80.0)
+
+
+def test_sampling_over_two(ranks):
+    for found in ranks(2, sampled, 2):
+        for one, expected in zip(found, sampled(0), strict=True):
+            close(one, expected)
 
 
 def test_offloaded(ranks):
