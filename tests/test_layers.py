@@ -13,7 +13,7 @@ LIBRARY = ROOT / "src" / "rcm"
 
 FLOORS = [
     ("artefact",),
-    ("randomness", "dual", "flow"),
+    ("randomness", "dual", "flow", "collective"),
     ("networks", "codecs", "text"),
     ("data", "sampling", "checkpoints", "parallel"),
     ("objectives",),

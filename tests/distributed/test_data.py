@@ -75,3 +75,18 @@ def test_shard_that_one_rank_misses_is_an_error_on_all(ranks, folder, tmp_path):
     one, other = ranks(2, read, [str(folder), str(alone)], 0)
     assert one == other
     assert f"shard {alone / '1.tar'} does not exist" in one
+
+
+def fail_on_one(folder):
+    """What each rank raises where rank 1 meets what is no mistake of the user."""
+    plain, shards._contents = shards._contents, lambda *_: 1 / 0 if dist.get_rank() == 1 else []
+    try:
+        shards.read_shards([Path(folder) / f"{number}.tar" for number in (1, 2, 3)], group=dist.group.WORLD)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        shards._contents = plain
+
+
+def test_any_failure_of_one_rank_is_one_of_all(ranks, folder):
+    assert ranks(2, fail_on_one, str(folder)) == ["RuntimeError: rank 1: ZeroDivisionError: division by zero"] * 2

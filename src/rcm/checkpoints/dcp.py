@@ -13,10 +13,9 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
@@ -29,8 +28,7 @@ from torch.futures import Future
 
 from rcm.artefact import MANIFEST, UserError, atomic_folder, read_json, reason, sha256_file, write_json
 from rcm.checkpoints.flat import State, check_fit, checked, packed, some, state_sha256
-
-Result = TypeVar("Result")
+from rcm.collective import everywhere
 
 
 class Ranks(Protocol):
@@ -39,25 +37,6 @@ class Ranks(Protocol):
     rank: int
     world: int
     group: Any  # ProcessGroup of all ranks; None: alone
-
-
-def everywhere(action: Callable[[], Result], mesh: Ranks | None) -> list[Result]:
-    """What `action` returns on each rank, in their order; where it fails on one rank, it fails on all."""
-    if mesh is None or mesh.group is None:
-        return [action()]
-    outcome: tuple[str | Exception | None, Any]
-    try:
-        outcome = None, action()
-    except UserError as error:
-        outcome = error, None
-    except Exception as error:
-        outcome = f"rank {mesh.rank}: {type(error).__name__}: {error}", None
-    outcomes: list[Any] = [None] * mesh.world
-    dist.all_gather_object(outcomes, outcome, group=mesh.group)
-    for failure, _ in outcomes:
-        if failure is not None:
-            raise failure if isinstance(failure, UserError) else RuntimeError(failure)
-    return [result for _, result in outcomes]
 
 
 # --- DCP's own classes, restrained -----------------------------------------------------------------------------------
@@ -213,14 +192,14 @@ def save_dcp(folder: Path | str, state: State, mesh: Ranks | None = None) -> Non
         def begin() -> Path | None:
             return stack.enter_context(atomic_folder(folder)) if mesh is None or mesh.rank == 0 else None
 
-        temporary = everywhere(begin, mesh)[0]
+        temporary = everywhere(begin, group)[0]
         assert temporary is not None
 
         def complete(files: dict[str, str]) -> None:
             write_json(temporary / MANIFEST, {"content_sha256": content, "files": dict(sorted(files.items()))})
 
         write_parts(temporary, parts, group, complete)
-        everywhere(stack.close, mesh)  # rank 0 renames
+        everywhere(stack.close, group)  # rank 0 renames
 
 
 def load_dcp(folder: Path | str) -> State:
@@ -254,8 +233,8 @@ def load_sharded(network: nn.Module, folder: Path | str, mesh: Ranks, *, without
         manifest = _verified_manifest(folder, mesh)
         check_fit(network, {**left, **_described(folder, manifest["files"])}, str(folder))
 
-    everywhere(verify, mesh)
-    everywhere(lambda: _read(folder, state), mesh)
+    everywhere(verify, mesh.group)
+    everywhere(lambda: _read(folder, state), mesh.group)
 
 
 def _described(folder: Path, files: Mapping[str, str]) -> State:

@@ -13,7 +13,7 @@ import tarfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,11 +21,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rcm.artefact import UserError, atomic_file, beside, read_json, sha256_file, write_json
+from rcm.collective import everywhere
 from rcm.data.samples import Entry, entries, naming, read_sample, write_sample
 from rcm.data.samples import Sample as Sample
 from rcm.randomness import uniform
-
-_T = TypeVar("_T")
 
 
 def part_indices(part: str, total: int) -> range:
@@ -173,37 +172,16 @@ def read_shards(
     """
     files = [Path(path) for path in paths]
     rank, world = (dist.get_rank(group), dist.get_world_size(group)) if group is not None else (0, 1)
-    manifests, common = _on_all_ranks(group, _checked_manifests, files)[rank]
+    manifests, common = everywhere(lambda: _checked_manifests(files), group)[rank]
     contents: list[list[Entry]] = []
     for first in range(0, len(files), world):  # a shard each, so that none waits long and an error comes early
         mine = files[first + rank : first + rank + 1]
-        found = _on_all_ranks(group, lambda paths: [_contents(path, manifests[path]) for path in paths], mine)
+        found = everywhere(functools.partial(_all_contents, mine, manifests), group)
         contents += [entries for part in found for entries in part]
         advance(len(files[first : first + world]))
     stored = _Stored(files, contents)
     small = sum(path.stat().st_size for path in files) <= memory
     return LatentDataset(list(stored) if small else stored, common, [manifests[path]["sha256"] for path in files])
-
-
-def _on_all_ranks(
-    group: dist.ProcessGroup | None, work: Callable[[Sequence[Path]], _T], files: Sequence[Path]
-) -> list[_T]:
-    """What `work(files)` returns on each rank; a UserError of one is raised on all, so that none waits for it."""
-    outcome: _T | UserError
-    try:
-        outcome = work(files)
-    except UserError as error:
-        outcome = error
-    outcomes = [outcome]
-    if group is not None:
-        outcomes *= dist.get_world_size(group)
-        dist.all_gather_object(outcomes, outcome, group=group)
-    results = []
-    for outcome in outcomes:
-        if isinstance(outcome, UserError):
-            raise outcome
-        results.append(outcome)
-    return results
 
 
 def _checked_manifests(files: Sequence[Path]) -> tuple[dict[Path, dict[str, Any]], dict[str, Any]]:
@@ -240,6 +218,10 @@ def _common_manifest(manifests: Mapping[Path, dict[str, Any]]) -> dict[str, Any]
         given = ", ".join(manifest["part"] for manifest in manifests.values())
         raise UserError(f"the shards are not one whole set: parts {given}; give each part exactly once")
     return origins[first]
+
+
+def _all_contents(paths: Sequence[Path], manifests: Mapping[Path, Mapping[str, Any]]) -> list[list[Entry]]:
+    return [_contents(path, manifests[path]) for path in paths]
 
 
 def _contents(path: Path, manifest: Mapping[str, Any]) -> list[Entry]:

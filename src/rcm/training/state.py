@@ -21,8 +21,9 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.optim import Optimizer
 
 from rcm.artefact import MANIFEST, UserError, read_json, reason, sha256_json, sync, write_json
-from rcm.checkpoints.dcp import damage, described, everywhere, read_parts, write_parts
+from rcm.checkpoints.dcp import damage, described, read_parts, write_parts
 from rcm.checkpoints.flat import misfits, some
+from rcm.collective import everywhere
 from rcm.parallel.mesh import Mesh
 
 KEPT = 2  # complete states in the folder: the second is for the day on which the first is damaged
@@ -46,7 +47,7 @@ class States:
         self.group = None if mesh.group is None else dist.new_group(backend="gloo", timeout=limit)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="state")
         self._pending: tuple[int, Future[None]] | None = None
-        everywhere(self._remove_hidden, mesh)
+        everywhere(self._remove_hidden, mesh.group)
 
     def __enter__(self) -> "States":
         return self
@@ -93,14 +94,14 @@ class States:
         them. Every rank verifies its share of the files. A damaged state is left out with a line on stderr. Raises
         UserError where the state belongs to another configuration, or to other networks than those of `tree`.
         """
-        for path, manifest in everywhere(self._found, self.mesh)[0]:
+        for path, manifest in everywhere(self._found, self.mesh.group)[0]:
             faults = [f"{path / MANIFEST} is damaged or missing"]
             if manifest is not None:
                 self._check_identity(manifest["config"])
-                shares = everywhere(partial(damage, path, manifest["files"], self.mesh), self.mesh)
+                shares = everywhere(partial(damage, path, manifest["files"], self.mesh), self.mesh.group)
                 faults = [fault for share in shares for fault in share]
                 if not faults:
-                    everywhere(partial(_read, path, manifest, tree), self.mesh)
+                    everywhere(partial(_read, path, manifest, tree), self.mesh.group)
                     return manifest["step"]
             if self.mesh.is_main:
                 told = f"warning: {path} is damaged, going back to the state before it ({faults[0]})"
