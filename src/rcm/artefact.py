@@ -278,7 +278,7 @@ def beside(path: Path | str, suffix: str) -> Path:
 def recording(
     *outputs: Path | str,
     stage: str,
-    inputs: Iterable[Path | str] = (),
+    inputs: Iterable[Path | str] | Mapping[Path, str] = (),
     config: Mapping[str, Any] | None = None,
     seed: int | None = None,
 ) -> Iterator[dict[str, Any]]:
@@ -287,7 +287,8 @@ def recording(
     Args:
         outputs: the files and folders that the block writes.
         stage: name of the stage, as on the command line.
-        inputs: files and folders that it reads; a missing one is a UserError before any work is done.
+        inputs: files and folders that it reads; a missing one is a UserError before any work is done. They are hashed,
+            unless this is a dict of their SHA-256, which the block may fill in.
         config: the numbers that the stage depends on, JSON types only.
         seed: the seed it ran under.
 
@@ -299,9 +300,10 @@ def recording(
     for path in files:
         if not path.exists():
             raise UserError(f"input {path} does not exist; make it first, or check the path")
-    provenance = {
+    hashes = inputs if isinstance(inputs, Mapping) else {path: content_sha256(path) for path in files}
+    provenance: dict[str, Any] = {
         "stage": stage,
-        "inputs": [{"path": _relative(path), "sha256": content_sha256(path)} for path in files],
+        "inputs": [],  # known at the end
         "config": dict(config or {}),
         "config_sha256": sha256_json(dict(config or {})),
         "code_sha256": code_digest(),
@@ -310,6 +312,7 @@ def recording(
     git = _git_version()
     facts: dict[str, Any] = {}
     yield facts
+    provenance["inputs"] = [{"path": _relative(path), "sha256": hashes[path]} for path in files]
     run = {
         "stage": stage,
         "started": started.isoformat(timespec="seconds"),

@@ -118,7 +118,13 @@ def test_distill_repeats_itself_after_an_interruption(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    run(*arguments("whole"))
+    with monkeypatch.context() as patch:  # but for the shards, which are hashed once, where they are read
+        hashed: list[str] = []
+        patch.setattr("rcm.artefact.sha256_file", lambda path: hashed.append(path.name) or sha256_file(path))
+        run(*arguments("whole"))
+    assert shard.name not in hashed
+    inputs = json.loads((tmp_path / "whole/dcp.prov.json").read_text())["inputs"]
+    assert [entry["sha256"] for entry in inputs] == [content_sha256(teacher), sha256_file(shard)]
     with monkeypatch.context() as patch:
         patch.setattr("rcm.cli.train.save_dcp", interrupted)
         assert main(arguments("broken")) == 130

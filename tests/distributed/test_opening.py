@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rcm import networks
-from rcm.checkpoints import save_dcp
+from rcm.checkpoints import dcp, save_dcp
 from rcm.cli.config import compose
 from rcm.cli.networks import open_networks
 from rcm.parallel import start
@@ -58,3 +58,13 @@ def test_the_seed_draws_what_a_teacher_does_not_have(tmp_path, monkeypatch):
     assert not torch.equal(one["fake.branch.query"], other["fake.branch.query"])
     assert one["fake.branch.query"].std() > 0.1  # drawn, not left empty
     assert not one["fake.branch.logit.weight"].any()  # as the branch is made
+
+
+def test_the_teacher_is_verified_once(tmp_path, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    save_dcp(tmp_path / "teacher", teacher().state_dict())
+    read, plain = [], dcp.sha256_file
+    monkeypatch.setattr(dcp, "sha256_file", lambda path: read.append(path.name) or plain(path))
+    opened(tmp_path / "teacher", "objective=dmd2")
+    assert sorted(read) == [".metadata", "__0_0.distcp"]

@@ -215,14 +215,16 @@ def load_dcp(folder: Path | str) -> State:
     return state
 
 
-def load_sharded(network: nn.Module, folder: Path | str, mesh: Ranks, *, without: str | None = None) -> None:
+def load_sharded(
+    network: nn.Module, folder: Path | str, mesh: Ranks, *, without: str | None = None, verified: bool = False
+) -> None:
     """Fill the parameters and persistent buffers of a built network, sharded or not, from a DCP folder.
 
     Names that begin with `without` are those of parts that the folder does not hold; they are left as they are.
-    All ranks call it. Each reads its own chunks only and verifies its share of the files; no rank ever holds more than
-    one whole chunk beside its part. Data types become those of the network. Raises UserError on all ranks where the
-    folder is damaged or holds another network, which then is as it was; ValueError where the network is still on the
-    meta device.
+    All ranks call it. Each reads its own chunks only and verifies its share of the files, unless they are `verified`
+    already; no rank ever holds more than one whole chunk beside its part. Data types become those of the network.
+    Raises UserError on all ranks where the folder is damaged or holds another network, which then is as it was;
+    ValueError where the network is still on the meta device.
     """
     folder, state = Path(folder), {name: value.detach() for name, value in network.state_dict().items()}
     if any(value.is_meta for value in state.values()):
@@ -230,7 +232,7 @@ def load_sharded(network: nn.Module, folder: Path | str, mesh: Ranks, *, without
     left = {name: state.pop(name) for name in list(state) if without and name.startswith(without)}
 
     def verify() -> None:
-        manifest = _verified_manifest(folder, mesh)
+        manifest = _manifest(folder) if verified else _verified_manifest(folder, mesh)
         check_fit(network, {**left, **_described(folder, manifest["files"])}, str(folder))
 
     everywhere(verify, mesh.group)
@@ -257,6 +259,13 @@ def _unreadable(folder: Path, error: Exception) -> UserError:
 
 def _verified_manifest(folder: Path, mesh: Ranks | None = None) -> dict[str, Any]:
     """Read the manifest and compare this rank's share of the files with it."""
+    manifest = _manifest(folder)
+    if faults := damage(folder, manifest["files"], mesh):
+        raise UserError(f"{faults[0]}; make the checkpoint again")
+    return manifest
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise UserError(f"checkpoint folder {folder} does not exist; make it with `rcm convert` or `rcm distill`")
     if not (folder / MANIFEST).is_file():
@@ -265,6 +274,4 @@ def _verified_manifest(folder: Path, mesh: Ranks | None = None) -> dict[str, Any
     files = manifest.get("files") if isinstance(manifest, dict) else None
     if not isinstance(files, dict) or not isinstance(manifest.get("content_sha256"), str):
         raise UserError(f"{folder / MANIFEST} is damaged; make the checkpoint again")
-    if faults := damage(folder, files, mesh):
-        raise UserError(f"{faults[0]}; make the checkpoint again")
     return manifest

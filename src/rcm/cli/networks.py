@@ -52,7 +52,7 @@ def open_networks(config: Mapping[str, Any], folder: Path, mesh: Mesh) -> Networ
         if network is not None:
             parallelize(network, mesh, recompute=parallel.recompute, **common)
             network.to_empty(device=mesh.device)
-    load_sharded(student, folder, mesh, without=SECOND_TIME)
+    load_sharded(student, folder, mesh, without=SECOND_TIME, verified=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         if settings.consistency == "meanflow":
@@ -65,7 +65,7 @@ def open_networks(config: Mapping[str, Any], folder: Path, mesh: Mesh) -> Networ
                 Discriminator(config["network"]["width"], shape["heads"], len(shape["layers"])).state_dict(),
             )
     if fake is not None:
-        load_sharded(fake.score if isinstance(fake, FakeScore) else fake, folder, mesh)
+        load_sharded(fake.score if isinstance(fake, FakeScore) else fake, folder, mesh, verified=True)
     return Networks(student.train(), teacher, fake)
 
 

@@ -82,7 +82,7 @@ def distill(arguments: Namespace) -> None:
     )
     numbers = {key: config[key] for key in ("network", "text", "objective", "distillation")}
     numbers["parallel"] = {"precision": parallel.precision}
-    inputs = [arguments.teacher, *arguments.data]
+    inputs = dict.fromkeys([arguments.teacher, *arguments.data], "")  # hashed once, by all ranks together
     outputs, seed = (arguments.out, arguments.previews), config["seed"]  # metrics hold times, so they have no identity
     with ExitStack() as stack:
         main = mesh.is_main  # what is written and shown is rank 0's
@@ -93,7 +93,9 @@ def distill(arguments: Namespace) -> None:
             raise UserError(
                 f"{arguments.data[0]} holds latents of another shape than this experiment has; make it again"
             )
-        made_of = {"teacher": content_sha256(arguments.teacher), "data": [*data.sha256], "code": code_digest("distill")}
+        teacher = content_sha256(arguments.teacher)
+        inputs |= {arguments.teacher: teacher, **dict(zip(arguments.data, data.sha256, strict=True))}
+        made_of = {"teacher": teacher, "data": [*data.sha256], "code": code_digest("distill")}
         networks = open_networks(config, arguments.teacher, mesh)
         iterations = settings.schedule.iterations
         progress = stack.enter_context(Progress("distill", iterations, "iterations")) if main else None
