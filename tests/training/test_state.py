@@ -124,11 +124,13 @@ def test_a_damaged_state_falls_back_to_the_one_before(tmp_path, capsys, how):
     assert "000000010" in warning
 
 
-def test_nothing_whole_means_a_fresh_start(tmp_path, capsys):
-    save(tmp_path, 5)
-    (tmp_path / "000000005" / "__0_0.distcp").write_bytes(b"")
-    assert load(tmp_path) is None
-    assert "damaged" in capsys.readouterr().err
+def test_nothing_whole_is_no_fresh_start(tmp_path):
+    """Hours of work that might be mended are not written over."""
+    save(tmp_path, 5, 10)
+    for name in ("000000005", "000000010"):
+        (tmp_path / name / "__0_0.distcp").write_bytes(b"")
+    with pytest.raises(UserError, match=r"all states in \S+ are damaged \(\S+/000000010/__0_0.distcp is damaged"):
+        load(tmp_path)
 
 
 def test_a_run_that_went_back_leaves_the_damaged_state_behind(tmp_path):

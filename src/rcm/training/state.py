@@ -88,12 +88,14 @@ class States:
             ) from error
 
     def load(self, tree: Mapping[str, Any]) -> int | None:
-        """Fill `tree` with the newest whole state and return its step; None, and nothing done, where there is none.
+        """Fill `tree` with the newest whole state and return its step; None, and nothing done, where there is no state.
 
         Tensors are filled in place, each rank reading its own chunks; JSON values are replaced in the dicts that hold
         them. Every rank verifies its share of the files. A damaged state is left out with a line on stderr. Raises
-        UserError where the state belongs to another configuration, or to other networks than those of `tree`.
+        UserError where all are damaged, or where the state belongs to another configuration, or to other networks than
+        those of `tree`.
         """
+        told: list[str] = []
         for path, manifest in everywhere(self._found, self.mesh.group)[0]:
             faults = [f"{path / MANIFEST} is damaged or missing"]
             if manifest is not None:
@@ -103,9 +105,14 @@ class States:
                 if not faults:
                     everywhere(partial(_read, path, manifest, tree), self.mesh.group)
                     return manifest["step"]
+            told.append(faults[0])
             if self.mesh.is_main:
-                told = f"warning: {path} is damaged, going back to the state before it ({faults[0]})"
-                print(told, file=sys.stderr, flush=True)
+                print(f"warning: {path} is damaged, looking for a state before it ({faults[0]})", file=sys.stderr)
+        if told:
+            raise UserError(
+                f"all states in {self.folder} are damaged ({told[0]}): mend or restore them, or delete the folder to "
+                "start anew"
+            )
         return None
 
     def _found(self) -> list[tuple[Path, dict[str, Any] | None]]:
