@@ -101,7 +101,7 @@ def test_a_state_passes_from_hand_to_hand_bit_for_bit(ranks, tmp_path):
                 same = torch.equal(found[name], value) if isinstance(value, torch.Tensor) else found[name] == value
                 assert same, (world, name)
             assert len(files) >= 2 + min(world, 2)
-        assert len(list(tmp_path.iterdir())) == min(done + 1, KEPT)
+        assert len(list(tmp_path.glob("0*"))) == min(done + 1, KEPT)
 
 
 def resume(folder: str) -> int | None:
@@ -142,7 +142,7 @@ def test_a_write_that_fails_on_one_rank_is_told_on_all(ranks, tmp_path):
         assert "No space left on device" in error
         assert [name for name in names if name.isdecimal()] == ["000000001"]
     assert ranks(2, resume, str(tmp_path)) == [1, 1]
-    assert [path.name for path in tmp_path.iterdir()] == ["000000001"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "000000001"]
 
 
 @pytest.mark.parametrize("file", ["__0_0.distcp", "__1_0.distcp", ".metadata", "manifest.json"])
@@ -179,6 +179,20 @@ def test_another_configuration_or_network_is_refused_on_all_ranks(ranks, tmp_pat
     for error in ranks(2, refused, str(tmp_path), CONFIG, 4):
         assert "student.network.0.weight is (3, 5), needs (4, 5)" in error
     assert ranks(2, refused, str(tmp_path), CONFIG, 3) == ["", ""]
+
+
+def occupied(folder: str) -> str:
+    try:
+        resume(folder)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_all_ranks_learn_that_another_process_has_the_folder(ranks, tmp_path):
+    with States(tmp_path, CONFIG, ALONE):
+        assert all("another process works in" in error for error in ranks(2, occupied, str(tmp_path)))
+    assert ranks(2, occupied, str(tmp_path)) == ["", ""]
 
 
 # --- Checkpoints of one network

@@ -45,7 +45,7 @@ def load(folder, config=CONFIG, into=None):
 
 
 def names(folder):
-    return sorted(path.name for path in folder.iterdir())
+    return sorted(path.name for path in folder.iterdir() if path.name != ".lock")
 
 
 def test_the_newest_state_comes_back_and_old_ones_go(tmp_path):
@@ -252,11 +252,10 @@ def test_a_death_at_any_moment_leaves_whole_states(tmp_path, monkeypatch, call):
 
         return act
 
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, States(folder, CONFIG, ALONE) as states:
         for target in ("pathlib.Path.rename", "pathlib.Path.replace", "pathlib.Path.mkdir", "os.rmdir", "os.unlink"):
             owner, name = target.rsplit(".", 1)
             patch.setattr(target, dying(getattr(Path if "Path" in owner else os, name)))
-        states = States(folder, CONFIG, ALONE)
         states.save(3, tree(3))
         try:
             states.wait()
@@ -286,6 +285,15 @@ states.save(1, tree(1), wait=True)
 rcm.training.state.write_json = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 states.save(2, tree(2), wait=True)
 """
+
+
+def test_a_folder_is_for_one_process_at_a_time(tmp_path):
+    save(tmp_path, 1)
+    with States(tmp_path, CONFIG, ALONE), pytest.raises(UserError, match="another process works in"):
+        (tmp_path / ".000000002.partial").mkdir()  # it is being written
+        load(tmp_path)
+    assert names(tmp_path) == [".000000002.partial", "000000001"]
+    assert load(tmp_path) == (1, 1)
 
 
 def test_kill(tmp_path):

@@ -6,6 +6,7 @@ under a hidden name and renamed by rank 0 when the files of all ranks are on the
 """
 
 import datetime
+import fcntl
 import json
 import shutil
 import sys
@@ -13,7 +14,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from rcm.collective import everywhere
 from rcm.parallel.mesh import Mesh
 
 KEPT = 2  # complete states in the folder: the second is for the day on which the first is damaged
+_LOCK = ".lock"  # file in the folder, locked by the process that works there; the kernel unlocks when that dies
 _PARTIAL = ".partial"  # ending of the hidden folders, in which nothing is whole
 
 
@@ -36,18 +38,20 @@ class States:
     A state is a tree of dicts whose leaves are tensors, DTensors, and what JSON holds (numbers, strings, None, lists);
     plain tensors and JSON values are equal on all ranks. `identity` is the configuration of the run, a tree that JSON
     can hold; the number of ranks is not part of it. `timeout` is in seconds, for the ranks that wait for one another
-    in the background. Use it as a context: leaving it waits for the state that is being written.
+    in the background. Use it as a context: leaving it waits for the state that is being written. Raises UserError
+    where another process works in `folder`.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], mesh: Mesh, timeout: float = 600):
         self.folder, self.mesh = folder, mesh
         self.identity = json.loads(json.dumps(identity, allow_nan=False))
+        self._lock: IO[str] | None = None
+        everywhere(self._begin, mesh.group)
         limit = datetime.timedelta(seconds=timeout)
         # the writing thread needs a group of its own: the calls of two threads would meet in one group in any order
         self.group = None if mesh.group is None else dist.new_group(backend="gloo", timeout=limit)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="state")
         self._pending: tuple[int, Future[None]] | None = None
-        everywhere(self._remove_hidden, mesh.group)
 
     def __enter__(self) -> "States":
         return self
@@ -57,6 +61,8 @@ class States:
             self.wait()
         finally:
             self._thread.shutdown()
+            if self._lock is not None:
+                self._lock.close()
             if self.group is not None:
                 dist.destroy_process_group(self.group)
 
@@ -115,6 +121,22 @@ class States:
             )
         return None
 
+    def _begin(self) -> None:
+        """On rank 0: have the folder alone, without what a run that was killed did not complete."""
+        if not self.mesh.is_main:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.folder / _LOCK).open("w")  # for writing, which NFS asks for
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another process works in {self.folder}: wait for its end, or give this run a folder of its own"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        self._remove_hidden()
+
     def _found(self) -> list[tuple[Path, dict[str, Any] | None]]:
         """The states, newest first, with their manifests, of which a damaged one is None; rank 0 looks for all."""
         return [(path, _manifest(path)) for path in _states(self.folder)] if self.mesh.is_main else []
@@ -148,9 +170,8 @@ class States:
 
     def _remove_hidden(self) -> None:
         """What was not completed, of a run that was killed, or is not needed any more."""
-        if self.mesh.is_main:
-            for path in self.folder.glob(f".[0-9]*{_PARTIAL}"):
-                shutil.rmtree(path)
+        for path in self.folder.glob(f".[0-9]*{_PARTIAL}"):
+            shutil.rmtree(path)
 
 
 def remove_states(folder: Path) -> None:
