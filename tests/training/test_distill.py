@@ -97,6 +97,8 @@ def configuration(name="rcm", **changes):
     weights = dict(zip(KEYS, WEIGHTS[name], strict=True))
     return {
         "seed": 5,
+        "network": NETWORK,
+        "text": {"kind": "words", "words": WORDS, "width": 8},
         "objective": {"name": name, **weights, "rollout_times": ROLLOUT_TIMES.get(name)},
         "distillation": {**sections, **changes},
         "parallel": asdict(Parallel()),
@@ -258,6 +260,21 @@ def test_another_configuration_is_refused(whole, tmp_path):
     (tmp_path / "resume").symlink_to(whole[0] / "resume")
     with pytest.raises(UserError, match=r"batch was 3, is 4; inputs\.data was absent, is abc"):
         run(tmp_path, {**configuration(batch=4, state_every=1), "inputs": {"data": "abc"}})
+
+
+@pytest.mark.parametrize(("section", "key", "value"), [("network", "time_scale", 10.0), ("text", "words", 4)])
+def test_networks_that_only_compute_otherwise_are_refused(whole, tmp_path, section, key, value):
+    (tmp_path / "resume").symlink_to(whole[0] / "resume")
+    config = configuration()
+    with pytest.raises(UserError, match=rf"\({section}\.{key} was \S+, is {value}\)"):
+        run(tmp_path, {**config, section: config[section] | {key: value}})
+
+
+def test_a_machine_that_would_choose_another_optimiser_is_refused(whole, tmp_path, monkeypatch):
+    (tmp_path / "resume").symlink_to(whole[0] / "resume")
+    monkeypatch.setattr(loop, "optimizer_kind", lambda asked, device: "transformer_engine")
+    with pytest.raises(UserError, match=r"\(optimizer was torch, is transformer_engine\)"):
+        run(tmp_path, configuration())
 
 
 def test_rows_tell_what_happened(whole):

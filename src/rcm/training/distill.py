@@ -23,6 +23,7 @@ from rcm.parallel import COUNTER, Mesh
 
 from .alarms import Alarms
 from .batches import Draws, shares
+from .learner import optimizer_kind
 from .metrics import MetricsLog, means, totals
 from .profiler import Profiler
 from .settings import Parallel, Settings
@@ -49,8 +50,9 @@ def distill(
 ) -> None:
     """Train `student`, which carries the averaged weights on return; continues the run in `resume_dir`, if any.
 
-    config      plain tree with `seed`, `objective`, `distillation` (see `Settings`), `parallel` (see `Parallel`) and
-                optionally `inputs`, hashes of what the run starts from; a state of another config is refused
+    config      plain tree with `seed`, `network`, `text`, `objective`, `distillation` (see `Settings`), `parallel` (see
+                `Parallel`) and optionally `inputs`, hashes of what the run starts from; a state of another config is
+                refused
     student, teacher, fake  built, on the device of `mesh` and shared over its ranks (`rcm.parallel.parallelize`); the
                 fake score, initialised from the teacher, may be None where there is no DMD
     null_text   (1, L, D), the empty prompt
@@ -63,7 +65,14 @@ def distill(
     Raises UserError for settings that are impossible.
     """
     settings, parallel = Settings.of(config), Parallel.of(config)
-    identity = {**settings.identity(), "precision": parallel.precision, "inputs": dict(config.get("inputs", {}))}
+    identity = {
+        **settings.identity(),
+        "optimizer": optimizer_kind(settings.optimizer, mesh.device.type),  # the one that auto chose
+        "precision": parallel.precision,
+        "network": config["network"],
+        "text": config["text"],
+        "inputs": dict(config.get("inputs", {})),
+    }
     mine = shares(settings.batch, mesh.data_size, parallel.micro_batch)[mesh.data_rank]
     draws = [Draws(null_text, settings, positions, mesh.device) for positions in mine]
     run = Distillation(settings, student, fake, teacher, draws, tangent_pass=parallel.tangent_pass)
