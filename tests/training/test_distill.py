@@ -248,6 +248,13 @@ def test_a_signal_saves_and_says_how_to_go_on(whole, tmp_path, capsys, number):
     assert_equal(run(tmp_path, configuration()).state_dict(), whole[1].state_dict())
 
 
+def test_a_trace_is_kept_where_the_run_ends_before_it(tmp_path):
+    with pytest.raises(SystemExit):
+        run(tmp_path, configuration(profile=[2, 100]), advance=Killer(2, signal.SIGTERM))
+    trace = json.loads((tmp_path / "resume.trace.json").read_text())
+    assert any(event.get("name") == "aten::mm" for event in trace["traceEvents"])
+
+
 def test_a_finished_run_has_nothing_left_to_do(whole, tmp_path):
     done = []
     (tmp_path / "resume").symlink_to(whole[0] / "resume")

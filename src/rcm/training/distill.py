@@ -93,7 +93,8 @@ def distill(
             run.feeds[role] = stack.enter_context(reading)
         tokens = settings.batch * math.prod(data.samples[0].latents_CTHW.shape[1:]) // math.prod(student.patch)
         record = _Record(settings, identity, resume_dir, done, tokens, mesh.device) if mesh.is_main else None
-        profiler = Profiler(settings.profile if mesh.is_main else None, beside(resume_dir, ".trace.json"))
+        span = settings.profile if mesh.is_main else None
+        profiler = stack.enter_context(Profiler(span, beside(resume_dir, ".trace.json")))
         caught = stack.enter_context(caught_signals())
         for iteration in range(done + 1, iterations + 1):
             start = time.perf_counter()
