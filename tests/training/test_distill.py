@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -248,9 +249,13 @@ def test_a_signal_saves_and_says_how_to_go_on(whole, tmp_path, capsys, number):
     assert_equal(run(tmp_path, configuration()).state_dict(), whole[1].state_dict())
 
 
-def test_a_trace_is_kept_where_the_run_ends_before_it(tmp_path):
+def test_an_interrupted_run_ends_its_trace_and_its_log(tmp_path, monkeypatch):
+    ended = []
+    log = SimpleNamespace(log=lambda row, step: None, finish=lambda: ended.append(True))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **options: log))
     with pytest.raises(SystemExit):
-        run(tmp_path, configuration(profile=[2, 100]), advance=Killer(2, signal.SIGTERM))
+        run(tmp_path, configuration(profile=[2, 100], wandb="offline"), advance=Killer(2, signal.SIGTERM))
+    assert ended == [True]
     trace = json.loads((tmp_path / "resume.trace.json").read_text())
     assert any(event.get("name") == "aten::mm" for event in trace["traceEvents"])
 

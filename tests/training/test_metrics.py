@@ -1,4 +1,6 @@
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -48,13 +50,24 @@ def test_wandb_online_without_a_key_is_an_error_and_no_question(tmp_path, monkey
         MetricsLog(tmp_path / "metrics.jsonl", wandb="online")
 
 
+def test_a_resumed_run_is_the_same_one_in_wandb(tmp_path, monkeypatch):
+    begun = []
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **options: begun.append(options)))
+    for folder, seed in (("a", 0), ("a", 0), ("a", 1), ("b", 0)):
+        MetricsLog(tmp_path / folder / "metrics.jsonl", wandb="offline", config={"seed": seed})
+    assert {options["resume"] for options in begun} == {"allow"}
+    first, resumed, *others = (options["id"] for options in begun)
+    assert first == resumed
+    assert len({first, *others}) == 3
+
+
 def test_means_are_over_the_samples_that_count(monkeypatch):
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    sums = {"scm_loss": 0.5, "scm_tangent_norm_sum": 9.0, "scm_nan": 2.0, "real_logit_sum": 10.0}
+    sums = {"scm_loss": 0.5, "scm_tangent_norm_sum": 9.0, "scm_nan": 2.0, "gan_logit_sum": 10.0}
     figures, signals = totals({key: torch.tensor(value) for key, value in sums.items()}, 2, start(device="cpu"))
     assert (figures, signals) == (sums, 2)
-    assert means(figures, 5) == {"scm_loss": 0.5, "scm_tangent_norm": 3.0, "scm_nan": 2.0, "real_logit": 2.0}
+    assert means(figures, 5) == {"scm_loss": 0.5, "scm_tangent_norm": 3.0, "scm_nan": 2.0, "gan_logit": 2.0}
 
 
 def test_rows_are_read_back(tmp_path):

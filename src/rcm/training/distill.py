@@ -93,6 +93,8 @@ def distill(
             run.feeds[role] = stack.enter_context(reading)
         tokens = settings.batch * math.prod(data.samples[0].latents_CTHW.shape[1:]) // math.prod(student.patch)
         record = _Record(settings, identity, resume_dir, done, tokens, mesh.device) if mesh.is_main else None
+        if record is not None:
+            stack.callback(record.log.close)
         span = settings.profile if mesh.is_main else None
         profiler = stack.enter_context(Profiler(span, beside(resume_dir, ".trace.json")))
         caught = stack.enter_context(caught_signals())
@@ -117,8 +119,7 @@ def distill(
             if interrupted:
                 mesh.barrier()
                 leave(iteration, iterations, resume_dir, speak=mesh.is_main)
-    if record is not None:
-        record.log.close()
+    if mesh.is_main:
         with atomic_file(metrics_path) as path:
             shutil.copyfile(resume_dir / "metrics.jsonl", path)
     run.ema.copy_to_network()

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rcm.artefact import UserError
+from rcm.artefact import UserError, sha256_json
 from rcm.parallel import Mesh
 
 
@@ -23,13 +23,16 @@ class MetricsLog:
     """
 
     def __init__(self, path: Path, *, step: int = 0, wandb: str = "disabled", config: Mapping[str, Any] | None = None):
-        """Rows behind `step` are cut off. `wandb` is disabled, offline or online; `config` is shown there."""
+        """Rows behind `step` are cut off. `wandb` is disabled, offline or online; `config` is shown there.
+
+        Equal `config` and folder are one run there, which a resumed one goes on with.
+        """
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         keep = _bytes_up_to(path, step)
         self._file = path.open("ab")
         self._file.truncate(keep)
-        self._wandb = None if wandb == "disabled" else _wandb_run(wandb, config)
+        self._wandb = None if wandb == "disabled" else _wandb_run(wandb, dict(config or {}), path.parent)
 
     def rows(self) -> list[dict[str, Any]]:
         """All rows so far."""
@@ -103,7 +106,7 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _wandb_run(mode: str, config: Mapping[str, Any] | None) -> Any:
+def _wandb_run(mode: str, config: dict[str, Any], folder: Path) -> Any:
     """A wandb run, kept in ./wandb or WANDB_DIR, that never asks for a key."""
     try:
         import wandb
@@ -112,7 +115,8 @@ def _wandb_run(mode: str, config: Mapping[str, Any] | None) -> Any:
     if mode == "online" and not _has_wandb_key():
         raise UserError("no key for wandb: run `wandb login`, set WANDB_API_KEY, or set distillation.wandb=offline")
     chosen: Any = mode
-    return wandb.init(project="rcm", mode=chosen, config=dict(config or {}))
+    identifier = sha256_json([config, str(folder.resolve())])[:32]
+    return wandb.init(project="rcm", mode=chosen, config=config, id=identifier, resume="allow")
 
 
 def _has_wandb_key() -> bool:
