@@ -144,10 +144,10 @@ class LiveBytes(TorchDispatchMode):
             with self.inside("gradients" if result else "communication"):
                 return torch.empty(*size, dtype=dtype, device=device)
 
-        def exchanged(x: Tensor, *options: Any) -> Tensor:
+        def exchanged(*arguments: Any) -> tuple[Tensor, ...]:
             with self.inside("communication"):
-                out = exchange(x, *options)
-            self.mark([out], "activations")
+                out = exchange(*arguments)
+            self.mark(out, "activations")
             return out
 
         def named(function: Callable[..., Any], category: str) -> Callable[..., Any]:

@@ -11,7 +11,7 @@ from rcm import dual, networks
 from rcm.artefact import UserError
 from rcm.flow import Wrapped, guided
 from rcm.networks.discriminator import FakeScore
-from rcm.parallel import COUNTER, RECOMPUTE, parallelize, start
+from rcm.parallel import COUNTER, RECOMPUTE, constant_weights, parallelize, start
 from rcm.sampling import consistency_sample, euler_sample
 
 SIZES = {"width": 16, "mlp_width": 32, "layers": 2, "heads": 4, "in_channels": 4, "out_channels": 4, "text_width": 8,
@@ -213,15 +213,23 @@ def test_forward_equivalents(alone, recompute, shared, cost):
 
 
 @pytest.mark.parametrize(("recompute", "cost"), [("none", 2), ("blocks", 3)])
-def test_forward_equivalents_of_frozen_weights(alone, recompute, cost):
-    """The backward pass to the inputs alone is half of a whole one."""
-    built = network().requires_grad_(False)
+def test_constant_weights(alone, recompute, cost):
+    """The backward pass to the inputs alone is half of a whole one; later passes give weights gradients again."""
+    built = network()
     parallelize(built, alone, recompute=recompute)
-    x, time, text, *_ = case()
+    x, time, text, *_, weights = case()
+    x.requires_grad_()
     COUNTER.equivalents()
     with COUNTER.part("fake", BATCH):
-        built(x.requires_grad_(), time, text).sum().backward()
+        with constant_weights():
+            value = built(x, time, text)
+        (found,) = torch.autograd.grad((value * weights).sum(), x)
     assert COUNTER.equivalents() == {"fake": pytest.approx(cost)}
+    assert not gradients(built)
+    (network()(x, time, text) * weights).sum().backward()
+    close(found, x.grad)
+    built(x, time, text).sum().backward()
+    assert gradients(built)
 
 
 def test_recomputation_keeps_inputs_alone(alone):

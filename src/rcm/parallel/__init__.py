@@ -12,7 +12,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from rcm.artefact import UserError
 from rcm.parallel.context import share_tokens
 from rcm.parallel.mesh import Layout, Mesh, start
-from rcm.parallel.unit import COUNTER, RECOMPUTE, Counter, make_unit
+from rcm.parallel.unit import COUNTER, RECOMPUTE, Counter, constant_weights, make_unit
 
 # what a layer returns may be a view, and nothing here writes into one
 warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
@@ -21,7 +21,17 @@ _ONE_RANK = (
     "which needs ranks, be it one: start with `python -m rcm.launch --standalone --nproc-per-node 1 -m rcm distill ...`"
 )
 
-__all__ = ["COUNTER", "RECOMPUTE", "Counter", "Layout", "Mesh", "parallelize", "round_weights", "start"]
+__all__ = [
+    "COUNTER",
+    "RECOMPUTE",
+    "Counter",
+    "Layout",
+    "Mesh",
+    "constant_weights",
+    "parallelize",
+    "round_weights",
+    "start",
+]
 
 
 def parallelize(

@@ -7,9 +7,10 @@ Lengths that do not divide are padded with zeros that no query sees.
 Every rank ends with the whole output, computes the whole loss, and sends back the gradient of its own tokens alone: the
 sum of the parameters' gradients over the group is the gradient.
 
-Letters: K tensors in one message, B samples, S tokens, s tokens of a rank, P ranks, N heads, D channels.
+Letters: B samples, S tokens, s tokens of a rank, P ranks, N heads, D channels.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -53,24 +54,24 @@ class _Context:
 
     def gather(self, x_BsD: Tensor, length: int) -> Tensor:
         """All `length` tokens on every rank."""
-        (out,) = self._exchange(_Gather, [x_BsD])
+        (out,) = self._send(_Gather, [x_BsD])
         return out[:, :length]
 
     def attend(self, q_BNsD: Tensor, k_BNsD: Tensor, v_BNsD: Tensor) -> Tensor:
         """Attention over all tokens, with inputs and output of this rank's tokens and all heads."""
-        whole = self._exchange(_ToHeads, [q_BNsD, k_BNsD, v_BNsD])
+        whole = self._send(_Exchange, [q_BNsD, k_BNsD, v_BNsD], _HEADS, _TOKENS)
         out = attention(*(x[:, :, : self.length] for x in whole))
         padding = whole[0].shape[2] - self.length
         if padding:
             out = F.pad(out, (0, 0, 0, padding))
-        (out,) = self._exchange(_ToTokens, [out])
+        (out,) = self._send(_Exchange, [out], _TOKENS, _HEADS)
         return out
 
-    def _exchange(self, function: Any, tensors: list[Tensor]) -> list[Tensor]:
-        """Apply to K tensors and their tangents in one message."""
+    def _send(self, function: Any, tensors: list[Tensor], *options: int) -> list[Tensor]:
+        """Apply to the tensors and their tangents in one message."""
         primals, tangents = zip(*map(dual.unpack, tensors), strict=True)
-        present = [t for t in tangents if t is not None]
-        done = list(function.apply(torch.stack([*primals, *(t.detach() for t in present)]), self.group).unbind())
+        present = [t.detach() for t in tangents if t is not None]
+        done = function.apply(self.group, *options, *primals, *present)
         moved = iter(done[len(primals) :])
         return [
             dual.pack(x, None if t is None else next(moved).detach())
@@ -78,54 +79,48 @@ class _Context:
         ]
 
 
-def _all_to_all(x: Tensor, cut: int, join: int, group: Any) -> Tensor:
-    """Cut axis `cut` into a piece for every rank, and join the pieces that arrive along axis `join`."""
+_HEADS, _TOKENS = 1, 2  # axes of (B, N, S, D)
+
+
+class _Exchange(torch.autograd.Function):
+    """All-to-all: each tensor is cut along one axis, a piece for every rank, and the pieces that arrive are joined
+    along another. Cut by heads and joined by tokens, (B, N, s, D) becomes (B, N / P, S, D)."""
+
+    @staticmethod
+    def forward(ctx: Any, group: Any, cut: int, join: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.group, ctx.cut, ctx.join = group, cut, join
+        ctx.set_materialize_grads(False)
+        return _all_to_all(tensors, cut, join, group)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        given = iter(_all_to_all([g for g in gradients if g is not None], ctx.join, ctx.cut, ctx.group))
+        return None, None, None, *(None if g is None else next(given) for g in gradients)
+
+
+def _all_to_all(tensors: Sequence[Tensor], cut: int, join: int, group: Any) -> tuple[Tensor, ...]:
+    """K tensors of one shape in one message."""
     size = dist.get_world_size(group)
-    sent = torch.stack(x.chunk(size, dim=cut))
+    pieces = zip(*(x.chunk(size, dim=cut) for x in tensors), strict=True)
+    sent = torch.stack([piece for of_rank in pieces for piece in of_rank])
     arrived = torch.empty_like(sent)
     dist.all_to_all_single(arrived, sent, group=group)
-    return torch.cat(arrived.unbind(), dim=join)
-
-
-_HEADS, _TOKENS = 2, 3  # axes of (K, B, N, S, D)
-
-
-class _ToHeads(torch.autograd.Function):
-    """(K, B, N, s, D) -> (K, B, N / P, S, D)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
-        ctx.group = group
-        return _all_to_all(x, _HEADS, _TOKENS, group)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        return _all_to_all(gradient, _TOKENS, _HEADS, ctx.group), None
-
-
-class _ToTokens(torch.autograd.Function):
-    """(K, B, N / P, S, D) -> (K, B, N, s, D)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
-        ctx.group = group
-        return _all_to_all(x, _TOKENS, _HEADS, group)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        return _all_to_all(gradient, _HEADS, _TOKENS, ctx.group), None
+    # tensors of their own: the tangent of a view would bring zeros for the whole message
+    return tuple(torch.cat(arrived[k :: len(tensors)].unbind(), dim=join) for k in range(len(tensors)))
 
 
 class _Gather(torch.autograd.Function):
-    """(K, B, s, D) -> (K, B, S, D); backwards, the slice of this rank."""
+    """(B, s, D) -> (B, S, D), each tensor; backwards, the slice of this rank."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+    def forward(ctx: Any, group: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.rank, ctx.size = dist.get_rank(group), dist.get_world_size(group)
-        parts = [torch.empty_like(x) for _ in range(ctx.size)]
-        dist.all_gather(parts, x.contiguous(), group=group)
-        return torch.cat(parts, dim=2)
+        ctx.set_materialize_grads(False)
+        sent = torch.stack(tensors)
+        parts = [torch.empty_like(sent) for _ in range(ctx.size)]
+        dist.all_gather(parts, sent, group=group)
+        return tuple(torch.cat([part[k] for part in parts], dim=1) for k in range(len(tensors)))
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        return gradient.chunk(ctx.size, dim=2)[ctx.rank], None
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        return None, *(None if g is None else g.chunk(ctx.size, dim=1)[ctx.rank] for g in gradients)

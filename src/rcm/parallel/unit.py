@@ -50,6 +50,19 @@ class Counter:
 
 COUNTER = Counter()  # of this process: networks share it, as a step uses several
 
+_weights_learn = True
+
+
+@contextmanager
+def constant_weights() -> Iterator[None]:
+    """Of passes inside, the gradient of inputs alone will be asked for, by `torch.autograd.grad`."""
+    global _weights_learn
+    _weights_learn = False
+    try:
+        yield
+    finally:
+        _weights_learn = True
+
 
 class Unit(nn.Module):
     """What `make_unit` adds to a module."""
@@ -76,7 +89,7 @@ class Unit(nn.Module):
         samples = self.share * len(inputs[0])
         COUNTER.cost += samples * (1 if tangents is None else 3)
         if graph and (self.recompute == "blocks" or (self.recompute == "matmuls" and tangents is not None)):
-            parameters = [p for p in self.parameters() if p.requires_grad]
+            parameters = _learning(self)
             out, self.out_tangent = _Recomputed.apply(self, len(inputs), *inputs, *(tangents or ()), *parameters)
             return out
         if graph and self.recompute == "matmuls":
@@ -84,7 +97,8 @@ class Unit(nn.Module):
         else:
             out, self.out_tangent = _call(self, inputs, tangents)
         if out.requires_grad:
-            out.register_hook(lambda _: _count(_backward_cost(self) * samples))
+            cost = _backward_cost(_learning(self)) * samples
+            out.register_hook(lambda _: _count(cost))
         return out
 
 
@@ -112,7 +126,8 @@ class _Recomputed(torch.autograd.Function):
         inputs = tensors[:count]
         tangents = tensors[count : 2 * count] if unit.tangents is not None else None
         ctx.unit, ctx.count, ctx.before = unit, count, 2 + (count if tangents is None else 2 * count)
-        ctx.save_for_backward(*inputs)
+        ctx.learning = len(tensors) + 2 > ctx.before
+        ctx.save_for_backward(*(x.detach() for x in inputs))  # a view of a dual tensor would keep its tangent
         with dual.enabled():
             out, tangent = _call(unit, inputs, tangents)
         if tangent is not None:
@@ -123,10 +138,10 @@ class _Recomputed(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor, _: Any) -> Any:
         unit, needed = ctx.unit, ctx.needs_input_grad
         inputs = [x.detach().requires_grad_(need) for x, need in zip(ctx.saved_tensors, needed[2:], strict=False)]
-        parameters = [p for p in unit.parameters() if p.requires_grad]
+        parameters = [p for p in unit.parameters() if p.requires_grad] if ctx.learning else []
         with torch.enable_grad():
             out = unit.run(*inputs)
-        _count((1 + _backward_cost(unit)) * unit.share * len(inputs[0]))
+        _count((1 + _backward_cost(parameters)) * unit.share * len(inputs[0]))
         wanted = [x for x in (*inputs, *parameters) if x.requires_grad]
         found = dict(zip(map(id, wanted), torch.autograd.grad(out, wanted, gradient, allow_unused=True), strict=True))
         nothing = [None] * (ctx.before - 2 - ctx.count)
@@ -140,9 +155,14 @@ def _call(unit: Unit, inputs: Sequence[Any], tangents: Sequence[Tensor | None] |
     return out, torch.zeros_like(out) if tangent is None else tangent.detach()
 
 
-def _backward_cost(unit: Unit) -> int:
+def _learning(unit: Unit) -> list[nn.Parameter]:
+    """The parameters that get a gradient."""
+    return [p for p in unit.parameters() if p.requires_grad] if _weights_learn else []
+
+
+def _backward_cost(parameters: Sequence[nn.Parameter]) -> int:
     """In forward passes: products give a gradient each to inputs and weights."""
-    return 2 if any(p.requires_grad for p in unit.parameters()) else 1
+    return 2 if parameters else 1
 
 
 def _count(cost: float) -> None:

@@ -152,12 +152,11 @@ def at_work(work: Work, *, tangents: bool) -> tuple[float, float]:
     """The most that the forward pass of a block holds besides its input, without a graph; and of what is exchanged.
 
     The MLP (its input, the residual, two hidden tensors), the rotation of queries and keys, or the exchange of the
-    context group. There the message of queries, keys and values is there four times, thrice as communication; with
-    tangents, what it brings are parts of one tensor, and forward mode adds zeros of the size of the whole to each.
+    context group, where the message of queries, keys and values is there four times, thrice as communication.
     """
     m = work.ratio
     alone = max(5 + 4 * m, 18) if tangents else max(2 + 2 * m, 8)
-    exchange = (35, 6) if tangents else (7, 9)
+    exchange = (12, 18) if tangents else (5, 9)
     return exchange if work.context > 1 and sum(exchange) > alone else (alone, 0)
 
 
@@ -285,10 +284,9 @@ def _consistency(work: Work, objective: Objective, kept: float, embedded: float)
     shared = tangents and work.shared_tangents
     graph = layers * kept_of_block(work, tangents=shared) + embedded
     open_ = graph
-    if shared:  # tangents of what is saved live as long as the dual level
+    if shared and work.recompute == "none":  # tangents of what is saved live as long as the dual level
         rule = KEPT[work.network.kind]
-        none = work.recompute == "none"
-        open_ += layers * (rule.tangents - rule.left + 2 * work.ratio) if none else layers - 2
+        open_ += layers * (rule.tangents - rule.left + 2 * work.ratio)
     before = open_ - 1 if shared or not tangents else embedded
     yield "student: forward", _forward(work, before, tangents=tangents, latents=(7, 3), full=more)
     if not work.shared_tangents:

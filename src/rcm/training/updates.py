@@ -25,7 +25,7 @@ from rcm.objectives import (
     roll_out,
     scm_loss,
 )
-from rcm.parallel import COUNTER
+from rcm.parallel import COUNTER, constant_weights
 
 from .batches import Draws
 from .ema import PowerEMA
@@ -132,12 +132,11 @@ class Distillation:
         figures = {"dmd_loss": loss, **figures}
         weighted = s.dmd_weight * loss
         if s.gan_weight > 0:
-            # the gradient passes through the fake score, whose own weights have none
+            # the gradient passes through the fake score, whose own weights must not collect any
             x = x0.detach().requires_grad_()
-            fake.network.requires_grad_(False)
-            gan, more = adversarial_loss(x, fake, noise, t_B, text, batch=s.batch)
+            with constant_weights():
+                gan, more = adversarial_loss(x, fake, noise, t_B, text, batch=s.batch)
             (gradient,) = torch.autograd.grad(gan, x)
-            fake.network.requires_grad_(True)
             weighted = weighted + s.gan_weight * (x0 * gradient).sum()
             figures |= {"gan_loss": gan, **more}
         return weighted, figures
