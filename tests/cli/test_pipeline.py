@@ -1,6 +1,8 @@
 """All stages one after the other in miniature, with random weights; and what `sample` promises."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +11,12 @@ import torch
 from PIL import Image
 
 from rcm.artefact import content_sha256, sha256_file
-from rcm.checkpoints import load_dcp, load_pth, read_export
+from rcm.checkpoints import load_dcp, load_pth, read_export, save_dcp
 from rcm.cli import main
 from rcm.cli.models import noise_of
 from rcm.data.shards import read_shards
 from rcm.evaluation.geneval import shapeeval
+from rcm.training.signals import EXIT_INTERRUPTED
 
 from .conftest import SMALL, Mini, Run
 
@@ -129,7 +132,18 @@ def test_distill_repeats_itself_after_an_interruption(
         patch.setattr("rcm.cli.train.save_dcp", interrupted)
         assert main(arguments("broken")) == 130
     assert not (tmp_path / "broken" / "dcp").exists() and (tmp_path / "broken" / "resume").exists()
-    run(*arguments("broken"))
+    with monkeypatch.context() as patch:  # before the loop nothing is lost, behind it all is kept
+        patch.setattr("rcm.cli.train.open_networks", lambda *_: os.kill(os.getpid(), signal.SIGUSR1))
+        closed: list[bool] = []
+        patch.setattr("rcm.parallel.Mesh.close", lambda _: closed.append(True))
+        with pytest.raises(SystemExit) as leaving:
+            main(arguments("broken"))
+        assert (leaving.value.code, closed) == (EXIT_INTERRUPTED, [True])
+        assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
+    with monkeypatch.context() as patch:
+        save = lambda *options: os.kill(os.getpid(), signal.SIGTERM) or save_dcp(*options)  # noqa: E731
+        patch.setattr("rcm.cli.train.save_dcp", save)
+        assert run(*arguments("broken")).count("interrupted before the first iteration: nothing is lost") == 1
     for made in ("dcp", "previews"):
         assert content_sha256(tmp_path / "whole" / made) == content_sha256(tmp_path / "broken" / made)
 

@@ -22,6 +22,7 @@ from rcm.cli.models import EXPORTED, codec, jobs_of, latent_shape, network, nois
 from rcm.cli.networks import open_networks, student_settings
 from rcm.cli.pictures import grid, png
 from rcm.cli.progress import Progress
+from rcm.cli.ranks import rank
 from rcm.cli.sources import code_digest
 from rcm.codecs import to_pixels
 from rcm.data.shards import read_shards
@@ -29,6 +30,7 @@ from rcm.parallel import Mesh, start
 from rcm.sampling import consistency_sample, few_step_times
 from rcm.training.distill import Preview
 from rcm.training.settings import Parallel, Settings
+from rcm.training.signals import caught_signals
 from rcm.training.state import remove_states
 
 PREVIEW_COLUMNS = 6  # samples of each prompt in a preview
@@ -71,20 +73,23 @@ def distill(arguments: Namespace) -> None:
     from rcm.training.distill import distill as train
     from rcm.training.learner import optimizer_kind
 
-    config = compose(arguments.overrides)
-    settings, parallel = Settings.of(config), Parallel.of(config)
-    mesh = start(
-        replicate=parallel.replicate,
-        shard=parallel.shard,
-        context=parallel.context,
-        timeout=parallel.timeout,
-        device=parallel.device,
-    )
-    numbers = {key: config[key] for key in ("network", "text", "objective", "distillation")}
-    numbers["parallel"] = {"precision": parallel.precision}
-    inputs = dict.fromkeys([arguments.teacher, *arguments.data], "")  # hashed once, by all ranks together
-    outputs, seed = (arguments.out, arguments.previews), config["seed"]  # metrics hold times, so they have no identity
     with ExitStack() as stack:
+        caught = stack.enter_context(caught_signals(at_once=True, speak=rank() == 0))
+        config = compose(arguments.overrides)
+        settings, parallel = Settings.of(config), Parallel.of(config)
+        mesh = start(
+            replicate=parallel.replicate,
+            shard=parallel.shard,
+            context=parallel.context,
+            timeout=parallel.timeout,
+            device=parallel.device,
+        )
+        stack.callback(mesh.close)
+        numbers = {key: config[key] for key in ("network", "text", "objective", "distillation")}
+        numbers["parallel"] = {"precision": parallel.precision}
+        inputs = dict.fromkeys([arguments.teacher, *arguments.data], "")  # hashed once, by all ranks together
+        # metrics hold times, so they have no identity
+        outputs, seed = (arguments.out, arguments.previews), config["seed"]
         main = mesh.is_main  # what is written and shown is rank 0's
         noted = recording(*outputs, stage="distill", inputs=inputs, config=numbers, seed=seed) if main else None
         facts = stack.enter_context(noted) if noted else {}
@@ -107,6 +112,7 @@ def distill(arguments: Namespace) -> None:
             resume_dir=arguments.resume,
             metrics_path=arguments.metrics,
             mesh=mesh,
+            caught=caught,
             preview=_previewer(config, arguments.codec, arguments.resume / "previews", mesh),
             advance=progress.advance if progress else None,
         )
@@ -120,7 +126,6 @@ def distill(arguments: Namespace) -> None:
         }
     if mesh.is_main:
         remove_states(arguments.resume)
-    mesh.close()
 
 
 def _copy_folder(source: Path, out: Path) -> None:

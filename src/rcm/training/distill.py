@@ -27,7 +27,7 @@ from .learner import optimizer_kind
 from .metrics import MetricsLog, means, totals
 from .profiler import Profiler
 from .settings import Parallel, Settings
-from .signals import caught_signals, leave
+from .signals import Caught, caught_signals, leave
 from .state import States
 from .updates import Distillation
 
@@ -45,6 +45,7 @@ def distill(
     resume_dir: Path,
     metrics_path: Path,
     mesh: Mesh,
+    caught: Caught | None = None,
     preview: Preview | None = None,
     advance: Callable[[int, str], None] | None = None,
 ) -> None:
@@ -57,6 +58,7 @@ def distill(
                 fake score, initialised from the teacher, may be None where there is no DMD
     null_text   (1, L, D), the empty prompt
     metrics_path  JSON lines, one an iteration, written when the run is complete (until then in `resume_dir`)
+    caught      where the caller catches signals (`caught_signals`): from the first iteration on they are only noted
     preview     called on every rank each `preview_every` student updates
     advance     called with (iterations done, note) for a progress bar
 
@@ -97,12 +99,13 @@ def distill(
             stack.callback(record.log.close)
         span = settings.profile if mesh.is_main else None
         profiler = stack.enter_context(Profiler(span, beside(resume_dir, ".trace.json")))
-        caught = stack.enter_context(caught_signals())
+        caught = caught or stack.enter_context(caught_signals())
+        caught.at_once = False
         for iteration in range(done + 1, iterations + 1):
             start = time.perf_counter()
             with profiler.step(iteration):
                 row, sums = run.step(iteration)
-                figures, interrupted = totals(sums, len(caught), mesh)
+                figures, interrupted = totals(sums, len(caught.numbers), mesh)
             row |= means(figures, settings.batch)
             if record is not None:
                 record.write(iteration, row, time.perf_counter() - start)
@@ -117,7 +120,6 @@ def distill(
                     record.log.flush()
                 states.save(iteration, run.state(), wait=last or interrupted > 0)
             if interrupted:
-                mesh.barrier()
                 leave(iteration, iterations, resume_dir, speak=mesh.is_main)
     if mesh.is_main:
         with atomic_file(metrics_path) as path:

@@ -5,6 +5,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,21 +13,36 @@ EXIT_INTERRUPTED = 75  # exit status: the state is saved, run again (EX_TEMPFAIL
 SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1  # the last is a scheduler's warning that time is nearly up
 
 
+@dataclass
+class Caught:
+    """The signals so far; `at_once`: as long as nothing would be lost, the first one ends the process."""
+
+    at_once: bool = False
+    numbers: list[int] = field(default_factory=list)
+
+
 @contextmanager
-def caught_signals() -> Iterator[list[int]]:
-    """A list that the signals are put into; the second of a kind acts as it did before."""
-    caught: list[int] = []
+def caught_signals(*, at_once: bool = False, speak: bool = True) -> Iterator[Caught]:
+    """Note signals, or leave by SystemExit(EXIT_INTERRUPTED); the second of a kind acts as it did before."""
+    caught = Caught(at_once)
     if threading.current_thread() is not threading.main_thread():
         yield caught
         return
 
     def catch(number: int, _frame: Any) -> None:
-        caught.append(number)
+        caught.numbers.append(number)
         signal.signal(number, before[number])
+        if caught.at_once:
+            raise SystemExit(EXIT_INTERRUPTED)
 
     before: dict[int, Any] = {number: signal.signal(number, catch) for number in SIGNALS}
     try:
         yield caught
+    except SystemExit:
+        if caught.at_once and speak:  # not in the handler, which may have come in the middle of a line
+            told = "interrupted before the first iteration: nothing is lost, run the same command again"
+            print(told, file=sys.stderr, flush=True)
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
