@@ -419,6 +419,12 @@ def test_impossible_settings_are_one_sentence(name, changes, message):
         Settings.of(configuration(name, **changes))
 
 
+@pytest.mark.parametrize("key", ["recompute", "tangent_pass", "precision", "device"])
+def test_impossible_ways_to_share_the_work_are_one_sentence(key):
+    with pytest.raises(UserError, match=rf"parallel\.{key} is 'block'; allowed: \w+ or \w+"):
+        Parallel(**{key: "block"})
+
+
 @pytest.mark.parametrize("experiment", ["tiny-images", "tiny-clips"])
 def test_the_shipped_configurations_sit_at_the_balance_of_the_paper(experiment):
     updates = set()

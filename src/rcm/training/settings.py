@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from rcm.artefact import UserError
+from rcm.objectives.scm import TANGENT_PASSES
+from rcm.parallel import RECOMPUTE
 
 from .schedule import Schedule
 
@@ -80,9 +82,7 @@ class Settings:
             )
         if self.student_every < 1 or self.max_rollout < 1 or self.batch < 1:
             raise UserError("student_every, max_rollout and batch must be at least 1")
-        for key, allowed in _CHOICES.items():
-            if getattr(self, key) not in allowed:
-                raise UserError(f"distillation.{key} is {getattr(self, key)!r}; allowed: {' or '.join(allowed)}")
+        _check_choices(self, _CHOICES, "distillation")
 
     def _check_weights(self) -> None:
         acting = self.consistency_weight > 0, self.dmd_weight > 0, self.gan_weight > 0
@@ -132,20 +132,37 @@ class Parallel:
     replicate: int = 1
     shard: int | None = None  # null: all processes that remain
     context: int = 1
-    recompute: str = "none"  # none, blocks or matmuls
+    recompute: str = "none"  # what the backward pass computes again: none, blocks or matmuls
     tangent_pass: str = "shared"  # sCM: tangent and gradient from one forward pass, or separate
     precision: str = "float32"  # of the parameters in forward and backward: float32 or bfloat16
     micro_batch: int | None = None  # samples that a process takes at once; null: all of its own
     offload_teacher: bool = False
     compile: bool = False
-    workers: int = 0  # processes that load data
+    workers: int = 0  # threads that read batches ahead
     timeout: float = 600  # seconds after which ranks that wait for another one give up
     device: str = "auto"  # cpu, cuda, or auto: cuda where there is one
+
+    def __post_init__(self) -> None:
+        _check_choices(self, _PARALLEL_CHOICES, "parallel")
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Parallel":
         """Read the section; raises UserError for keys that are unknown or missing."""
         return cls(**_exactly(cls, config["parallel"], "the section parallel"))
+
+
+_PARALLEL_CHOICES = {
+    "recompute": RECOMPUTE,
+    "tangent_pass": TANGENT_PASSES,
+    "precision": ("float32", "bfloat16"),
+    "device": ("auto", "cpu", "cuda"),
+}
+
+
+def _check_choices(settings: Any, choices: Mapping[str, Sequence[str]], section: str) -> None:
+    for key, allowed in choices.items():
+        if (given := getattr(settings, key)) not in allowed:
+            raise UserError(f"{section}.{key} is {given!r}; allowed: {' or '.join(allowed)}")
 
 
 def _exactly(cls: Any, given: Mapping[str, Any], where: str) -> dict[str, Any]:
