@@ -92,8 +92,9 @@ def test_file_and_folder_do_not_replace_each_other(tmp_path: Path) -> None:
 
 
 KILLED = """
-import sys, time
+import signal, sys, time
 from rcm.artefact import atomic_file, atomic_folder
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background of a shell ignores
 with atomic_file(sys.argv[1]) as file, atomic_folder(sys.argv[2]) as folder:
     file.write_text("half"); (folder / "a").write_text("half")
     print("ready", flush=True)
