@@ -1,4 +1,4 @@
-"""What a tangent costs: a dual pass of the network, and a whole sCM step, as multiples of one forward pass.
+"""What a tangent costs: a dual pass of the network, and whole sCM steps, as multiples of one forward pass.
 
     OMP_NUM_THREADS=1 python benchmarks/network_jvp.py
 
@@ -6,7 +6,8 @@ The tangent is checked in the run against a central difference. Ratios within on
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import median
 
 import torch
@@ -23,18 +24,22 @@ CASES = (  # name, width, tokens (T, H, W), batch
 )
 
 
-def seconds(run: Callable[[], object], repeats: int = 15) -> float:
-    run()
-    times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - began)
-    return median(times)
+def interleaved(runs: Sequence[Callable[[], object]], repeats: int = 15) -> list[float]:
+    """Seconds of the first, and the others as multiples of it: medians over rounds in which each has its turn, for
+    the speed of a machine drifts."""
+    rounds = []
+    for _ in range(repeats + 1):  # the first to warm up
+        times = []
+        for run in runs:
+            began = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - began)
+        rounds.append([times[0], *(t / times[0] for t in times[1:])])
+    return [median(column) for column in zip(*rounds[1:], strict=True)]
 
 
-def measure(width: int, grid: tuple[int, int, int], batch: int) -> tuple[float, float, float]:
-    """Seconds of a forward pass, a dual pass and an sCM step."""
+def measure(width: int, grid: tuple[int, int, int], batch: int) -> list[float]:
+    """Seconds of a forward pass; multiples: a dual pass, sCM steps with separate passes and with a shared one."""
     sizes = {"width": width, "mlp_width": 4 * width, "layers": 4, "heads": 4, "in_channels": 24}
     sizes |= {"out_channels": 24, "text_width": 256, "time_width": 64, "patch": (1, 1, 1), "time_scale": 10.0}
     network = build({"kind": "wan", **sizes})
@@ -50,25 +55,27 @@ def measure(width: int, grid: tuple[int, int, int], batch: int) -> tuple[float, 
     def both() -> tuple[torch.Tensor, torch.Tensor]:
         return dual.jvp(lambda z, t: network(z, t, text), (x, time_B1), (direction, torch.ones_like(time_B1)))
 
-    def step() -> None:
-        times = time_B1[:, 0].double() / 10 + 0.2
-        loss, _ = scm_loss(student, student, x, direction, times, text, text[:1] * 0, guidance=2.0)
+    def step(tangent_pass: str) -> None:
+        times, null = time_B1[:, 0].double() / 10 + 0.2, text[:1] * 0
+        options = {"batch": batch, "guidance": 2.0, "tangent_pass": tangent_pass}
+        loss, _ = scm_loss(student, student, x, direction, times, text, null, **options)
         loss.backward()
         network.zero_grad()
 
     difference = (forward(1e-3) - forward(-1e-3)) / 2e-3
     if not (both()[1] - difference).norm() < 1e-2 * difference.norm():
         raise SystemExit("the tangent is wrong")
-    return seconds(forward), seconds(both), seconds(step)
+    steps = (partial(step, tangent_pass) for tangent_pass in ("separate", "shared"))
+    return interleaved([forward, both, *steps])
 
 
 def main() -> None:
     torch.manual_seed(0)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), float32, median of 15")
-    print(f"{'case':14} {'forward':>10} {'dual pass':>10} {'sCM step':>10}   (forward in ms, the others as multiples)")
+    print(f"{'case':14} {'forward':>10} {'dual pass':>10} {'separate':>10} {'shared':>10}   (ms, then multiples of it)")
     for name, width, grid, batch in CASES:
-        forward, both, step = measure(width, grid, batch)
-        print(f"{name:14} {1e3 * forward:10.1f} {both / forward:10.2f} {step / forward:10.2f}", flush=True)
+        forward, *others = measure(width, grid, batch)
+        print(f"{name:14} {1e3 * forward:10.1f}", *(f"{multiple:10.2f}" for multiple in others), flush=True)
 
 
 if __name__ == "__main__":
