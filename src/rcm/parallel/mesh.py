@@ -74,11 +74,6 @@ class Mesh:
             groups.append(self.group if whole else dist.new_subgroups_by_enumeration(rows, timeout=self.timeout)[0])
         return groups
 
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-        if self.group is not None:
-            dist.barrier()
-
     def close(self) -> None:
         """End the process group."""
         if self.group is not None:
