@@ -49,8 +49,7 @@ def compose(overrides: Iterable[str] = ()) -> dict[str, Any]:
     what is allowed.
     """
     overrides = list(overrides)
-    with _hydra():
-        tree = _composed(overrides)
+    tree = composed(overrides)
     if "latents" in tree:  # in the place of the sections that a pipeline needs around training
         whole = [name for name in options("experiment") if name.endswith(("-images", "-clips"))]
         chosen = next((word for word in overrides if word.startswith("experiment=")), "this experiment")
@@ -58,6 +57,12 @@ def compose(overrides: Iterable[str] = ()) -> dict[str, Any]:
     validate(tree, read_schema(config_dir() / "schema.json"))
     _check_combinations(tree)
     return tree
+
+
+def composed(overrides: Iterable[str]) -> dict[str, Any]:
+    """The tree with Hydra overrides, resolved and not checked; raises UserError where Hydra cannot make it."""
+    with _hydra():
+        return _composed(list(overrides))
 
 
 def options(group: str) -> list[str]:

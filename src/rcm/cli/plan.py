@@ -1,13 +1,15 @@
 """The stage `plan`: which settings of a distillation fit a cluster, before anything is started."""
 
+import math
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
 from rcm.artefact import UserError, write_json
-from rcm.cli.config import PIXELS, _composed, _hydra, config_dir, read_schema, validate
-from rcm.training.plan import KEYS, Cluster, Job, Proposal, fitting
+from rcm.cli.config import composed, config_dir, read_schema, validate
+from rcm.cli.models import latent_shape
+from rcm.training.plan import KEYS, Cluster, Job, Proposal, fitting, gib
 from rcm.training.plan_cost import Step
 from rcm.training.plan_memory import CATEGORIES
 from rcm.training.settings import Settings
@@ -22,9 +24,7 @@ def read(overrides: Iterable[str]) -> Job:
 
     Those of codec and text encoder are in their place where there are any, or else `latents` and the text's sizes.
     """
-    overrides = list(overrides)
-    with _hydra():
-        tree = _composed(overrides)
+    tree = composed(overrides)
     schema = read_schema(config_dir() / "schema.json")
     parts = {key: schema["properties"][key] for key in SECTIONS}
     if "latents" in tree:
@@ -34,7 +34,7 @@ def read(overrides: Iterable[str]) -> Job:
         parts |= {key: schema["properties"][key] for key in ("frames", "codec", "text")}
     chosen = {key: tree[key] for key in parts if key in tree}
     validate(chosen, {**schema, "properties": parts, "required": list(parts)})
-    latents = tree.get("latents") or _latents(tree)
+    latents = tree.get("latents") or list(latent_shape(tree))
     network = tree["network"]
     for key, value in (("in_channels", latents[0]), ("text_width", tree["text"]["width"])):
         if network[key] != value:
@@ -44,12 +44,6 @@ def read(overrides: Iterable[str]) -> Job:
     if any(n % p for n, p in zip(latents[1:], network["patch"], strict=True)):
         raise UserError(f"configuration key 'network.patch' is {network['patch']}; allowed: divisors of {latents[1:]}")
     return Job(Settings.of(tree), network, tuple(latents), tree["text"]["tokens"], tree["parallel"])
-
-
-def _latents(tree: Mapping[str, Any]) -> list[int]:
-    codec = tree["codec"]
-    side = PIXELS // codec["cell"]
-    return [codec["channels"], 1 + (tree["frames"] - 1) // codec["stride"], side, side]
 
 
 def plan(arguments: Namespace) -> None:
@@ -89,16 +83,14 @@ def _cluster(given: Namespace) -> Cluster:
 def _head(job: Job, cluster: Cluster) -> str:
     s, schedule = job.settings, job.settings.schedule
     size = " x ".join(map(str, job.latents))
-    tokens = 1
-    for n, p in zip(job.latents[1:], job.network["patch"], strict=True):
-        tokens *= n // p
+    tokens = math.prod(n // p for n, p in zip(job.latents[1:], job.network["patch"], strict=True))
     alone = min(schedule.alone, schedule.student_updates)
     return "\n".join(
         [
             f"{s.name}: {job.sizes.total:,} parameters, latents {size}, {tokens:,} tokens, batch {s.batch}, "
             f"{schedule.student_updates:,} updates of the student ({alone:,} without DMD), "
             f"{schedule.critic_updates:,} of the critic",
-            f"{cluster.gpus} GPUs, {cluster.per_node} a node, {_gib(cluster.memory)} each, "
+            f"{cluster.gpus} GPUs, {cluster.per_node} a node, {gib(cluster.memory)} each, "
             f"{cluster.reserve:.0%} kept free; assumed: {cluster.peak / 1e12:g} TFLOP/s at {cluster.utilisation:.0%},",
             f"{cluster.node / 1e9:g} GB/s inside a node, {cluster.network / 1e9:g} GB/s a GPU between nodes, traffic "
             "of weights hidden behind products",
@@ -113,9 +105,9 @@ def _configured(job: Job, cluster: Cluster) -> str:
     except UserError as error:
         return f"as configured: impossible: {error}"
     need = job.memory(choice)
-    verdict = "fits" if need <= cluster.usable else f"does not fit, {_gib(need - cluster.usable)} too much"
+    verdict = "fits" if need <= cluster.usable else f"does not fit, {gib(need - cluster.usable)} too much"
     hours = job.steps(choice, cluster).hours(job.settings.schedule)
-    return f"as configured: {verdict}: {_gib(need)} a rank, {hours:,.1f} hours ({choice.overrides()})"
+    return f"as configured: {verdict}: {gib(need)} a rank, {hours:,.1f} hours ({choice.overrides()})"
 
 
 def _ranking(found: list[Proposal], stated: Mapping[str, Any], count: int) -> str:
@@ -163,7 +155,3 @@ def _json(job: Job, cluster: Cluster, p: Proposal) -> dict[str, Any]:
         "peaks": job.peaks(p.choice),
         "steps": {name: asdict(step) for name, step in vars(steps).items() if isinstance(step, Step)},
     }
-
-
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.1f} GiB"

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from rcm.networks.wan import Attention
+from rcm.networks.wan import Attention, start_linear_layers
 
 
 class Discriminator(nn.Module):
@@ -33,10 +33,7 @@ class Discriminator(nn.Module):
 
     def reset_parameters(self) -> None:
         """A small query, Xavier matrices, zero biases and a zero last layer: every logit is 0 at the start."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+        start_linear_layers(self)
         nn.init.normal_(self.query, std=self.query.shape[-1] ** -0.5)
         nn.init.zeros_(self.logit.weight)
 

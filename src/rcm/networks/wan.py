@@ -125,6 +125,14 @@ def per_token(modulation_BPKD: Tensor, tokens: int) -> tuple[Tensor, ...]:
     return modulation_BPKD.unbind(2)
 
 
+def start_linear_layers(network: nn.Module) -> None:
+    """Xavier matrices and zero biases."""
+    for module in network.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+
+
 def whole(x: Tensor, *_: int) -> Tensor:
     """All tokens: what `split` and `gather` do where one process has them."""
     return x
@@ -191,10 +199,7 @@ class WanTransformer(nn.Module):
 
     def reset_parameters(self) -> None:
         """Xavier matrices, zero biases, and a zero last layer, as Wan2.1 starts its training."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+        start_linear_layers(self)
         nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
         for layer in (*self.text_embedding, *self.time_embedding):
             if isinstance(layer, nn.Linear):

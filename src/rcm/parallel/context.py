@@ -26,16 +26,20 @@ from rcm.parallel.mesh import Mesh
 
 def share_tokens(network: Any, mesh: Mesh) -> None:
     """Let `network` share its tokens over the context group of `mesh`; UserError where its heads do not divide."""
-    size = mesh.layout.context
-    if network.heads % size:
-        fitting = ", ".join(str(n) for n in range(1, network.heads + 1) if network.heads % n == 0)
-        raise UserError(
-            f"parallel.context is {size}, which does not divide the network's {network.heads} heads; allowed: {fitting}"
-        )
-    context = _Context(mesh.context_group, mesh.context_rank, size)
+    check_heads(network.heads, mesh.layout.context)
+    context = _Context(mesh.context_group, mesh.context_rank, mesh.layout.context)
     network.split, network.gather = context.split, context.gather
     for block in network.blocks:
         block.self_attn.attend = context.attend
+
+
+def check_heads(heads: int, size: int) -> None:
+    """Raise UserError where a group of `size` ranks cannot share so many heads."""
+    if heads % size:
+        fitting = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+        raise UserError(
+            f"parallel.context is {size}, which does not divide the network's {heads} heads; allowed: {fitting}"
+        )
 
 
 class _Context:

@@ -11,6 +11,7 @@ import torch
 from rcm.artefact import UserError
 from rcm.networks.discriminator import Discriminator
 from rcm.parallel import RECOMPUTE, Layout
+from rcm.parallel.context import check_heads
 from rcm.parallel.mesh import fit
 
 from .batches import shares
@@ -91,13 +92,7 @@ class Job:
 
     def checked(self, choice: Choice) -> Choice:
         """The choice; UserError where heads or batch do not divide so."""
-        context = choice.layout.context
-        if self.sizes.heads % context:
-            allowed = ", ".join(str(n) for n in range(1, self.sizes.heads + 1) if self.sizes.heads % n == 0)
-            raise UserError(
-                f"parallel.context is {context}, which does not divide the network's {self.sizes.heads} heads; "
-                f"allowed: {allowed}"
-            )
+        check_heads(self.sizes.heads, choice.layout.context)
         choice.positions(self.settings.batch)
         return choice
 
@@ -202,8 +197,8 @@ def fitting(job: Job, cluster: Cluster, stated: Mapping[str, Any]) -> list[Propo
     least = min(found, key=lambda p: p.bytes)
     raise UserError(
         f"{'the stated settings do not fit' if stated else 'nothing fits'} {cluster.gpus} GPUs: the least a rank "
-        f"needs is {_gib(least.bytes)} ({least.choice.overrides()}), {_gib(least.bytes - cluster.usable)} more than "
-        f"the {_gib(cluster.usable)} that can be used of {_gib(cluster.memory)}; {_remedy(job, cluster, stated)}"
+        f"needs is {gib(least.bytes)} ({least.choice.overrides()}), {gib(least.bytes - cluster.usable)} more than "
+        f"the {gib(cluster.usable)} that can be used of {gib(cluster.memory)}; {_remedy(job, cluster, stated)}"
     )
 
 
@@ -223,8 +218,9 @@ def _remedy(job: Job, cluster: Cluster, stated: Mapping[str, Any]) -> str:
     return "use GPUs with more memory"
 
 
-def _gib(size: float) -> str:
+def gib(size: float) -> str:
+    """Bytes, to be read."""
     return f"{size / 2**30:.1f} GiB"
 
 
-__all__ = ["Choice", "Cluster", "Job", "Proposal", "Step", "fitting", "proposals"]
+__all__ = ["Choice", "Cluster", "Job", "Proposal", "Step", "fitting", "gib", "proposals"]
