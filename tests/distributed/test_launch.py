@@ -29,7 +29,7 @@ TEN = {"student_updates": 5, "critic_warmup": 1, "state_every": 5, "batch": 5, "
 LIMIT = 120  # seconds that a run may take
 
 
-def train(folder, act=lambda iteration, mesh: None):
+def train(folder, act=lambda iteration, mesh, folder: None):
     """Ten iterations on all ranks, from where an earlier run was stopped: weights of the student, rows of figures."""
     torch.set_num_threads(1)
     mesh = start(device="cpu")
@@ -40,7 +40,7 @@ def train(folder, act=lambda iteration, mesh: None):
 
     def advance(count, note):
         done[0] += count
-        act(done[0], mesh)
+        act(done[0], mesh, folder)
 
     try:
         distill(
@@ -59,22 +59,31 @@ def train(folder, act=lambda iteration, mesh: None):
 def signalled(folder):
     """A signal to rank 1 alone."""
 
-    def act(iteration, mesh):
+    def act(iteration, mesh, _folder):
         if mesh.rank == 1 and iteration == 3:
             os.kill(os.getpid(), signal.SIGUSR1)
 
     return train(folder, act)
 
 
-def killed(iteration, mesh):
+def until(true):
+    """Wait, on a busy machine too, for what another process or thread does."""
+    end = time.monotonic() + LIMIT / 2
+    while not true() and time.monotonic() < end:
+        time.sleep(0.01)
+
+
+def killed(iteration, mesh, folder):
     if mesh.rank == 1 and iteration == 7:
+        until((folder / "resume" / "000000005").exists)  # it is written in the background
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def terminated(iteration, mesh):
+def terminated(iteration, mesh, _folder):
     if mesh.rank == 1 and iteration == 2:
+        before = signal.getsignal(signal.SIGTERM)
         os.kill(os.getppid(), signal.SIGTERM)  # the launcher's to pass on
-        time.sleep(1)
+        until(lambda: signal.getsignal(signal.SIGTERM) != before)  # caught: the second would end the process
 
 
 if __name__ == "__main__":  # a rank of a run that ends as told: FOLDER ACTION
