@@ -14,11 +14,11 @@ from rcm.networks import build
 
 CONFIGURATIONS = Path(__file__).parents[2] / "config" / "network"
 PARAMETERS = {
-    "wan2.1-1.3b": 1_418_996_800,
-    "wan2.1-14b": 14_288_491_584,
-    "cosmos-predict2-0.6b": 597_536_000,
-    "cosmos-predict2-2b": 1_956_405_248,
-    "cosmos-predict2-14b": 14_265_265_152,
+    "wan2.1-t2v-1.3b": 1_418_996_800,
+    "wan2.1-t2v-14b": 14_288_491_584,
+    "cosmos-predict2-t2i-0.6b": 597_536_000,
+    "cosmos-predict2-t2i-2b": 1_956_405_248,
+    "cosmos-predict2-t2i-14b": 14_265_265_152,
 }
 
 

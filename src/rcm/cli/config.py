@@ -7,7 +7,6 @@ Snakefile come here, so that a typo reads the same wherever it is met. Imports n
 import difflib
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, reduce
@@ -26,20 +25,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rcm.artefact import UserError
+from rcm.tree import config_dir as config_dir
+from rcm.tree import options as options
 
 GROUPS = ("experiment", "objective", "network", "pretrain")
 PIXELS = 48  # sides of a picture: `rcm.data.world.SIZE`, without what that imports
-
-
-def config_dir() -> Path:
-    """The folder of the Hydra tree: RCM_CONFIG_DIR, or `config` of the working copy, or of the current folder."""
-    given = os.environ.get("RCM_CONFIG_DIR")
-    candidates = [Path(given)] if given else [Path(__file__).parents[3] / "config", Path("config")]
-    for folder in candidates:
-        if (folder / "config.yaml").is_file():
-            return folder.resolve()
-    where = f"RCM_CONFIG_DIR is {given!r}" if given else "run from the root of the repository or set RCM_CONFIG_DIR"
-    raise UserError(f"no config.yaml in {' or '.join(map(str, candidates))}: {where}")
 
 
 def compose(overrides: Iterable[str] = ()) -> dict[str, Any]:
@@ -63,11 +53,6 @@ def composed(overrides: Iterable[str]) -> dict[str, Any]:
     """The tree with Hydra overrides, resolved and not checked; raises UserError where Hydra cannot make it."""
     with _hydra():
         return _composed(list(overrides))
-
-
-def options(group: str) -> list[str]:
-    """Names of the configurations in a group, such as the experiments."""
-    return sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
 
 
 def _hydra() -> Any:

@@ -5,18 +5,20 @@ from typing import Any
 
 from torch import nn
 
+from rcm.tree import settings_of
+
 from .cosmos import CosmosTransformer
 from .wan import WanTransformer
 
 _CLASSES = {"wan": WanTransformer, "cosmos": CosmosTransformer}
 
 
-def build(config: Mapping[str, Any]) -> nn.Module:
-    """Build a network with random weights from `{"kind": "wan", ...its sizes}` (works under `torch.device("meta")`).
+def build(config: Mapping[str, Any] | str) -> nn.Module:
+    """Build a network with random weights from `{"kind": "wan", ...its sizes}` or its name in config/network/.
 
-    Raises ValueError for an unknown kind, or sizes that do not fit.
+    It works under `torch.device("meta")`. Raises ValueError for an unknown name or kind, or sizes that do not fit.
     """
-    sizes = dict(config)
+    sizes = settings_of("network", config)
     kind = sizes.pop("kind")
     if kind not in _CLASSES:
         raise ValueError(f"unknown network kind {kind!r}: expected one of {', '.join(_CLASSES)}")
