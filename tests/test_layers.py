@@ -13,8 +13,9 @@ LIBRARY = ROOT / "src" / "rcm"
 
 FLOORS = [
     ("artefact",),
+    ("tree",),
     ("randomness", "dual", "flow", "collective"),
-    ("networks", "codecs", "text"),
+    ("networks", "codecs", "text", "vision"),
     ("data", "sampling", "checkpoints", "parallel"),
     ("objectives",),
     ("training", "evaluation"),

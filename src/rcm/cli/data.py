@@ -1,4 +1,4 @@
-"""Stages up to the synthetic data set: prompts, download, convert, synthesize."""
+"""Stages that make the data set: prompts, synthesize."""
 
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,27 +28,6 @@ def prompts(arguments: Namespace) -> None:
         else:
             drawn = evaluation_suite(vocabulary, per_task=suite["per_task"], **options)
         write_text(arguments.out, to_jsonl(drawn))
-
-
-def download(arguments: Namespace) -> None:
-    """Fetch and verify one of the checkpoints that the configuration names."""
-    from rcm.checkpoints import download as fetch
-
-    wanted = compose(arguments.overrides)["checkpoints"][arguments.name]
-    with recording(arguments.out, stage="download", config={"name": arguments.name, **wanted}):
-        fetch(wanted["source"], wanted["sha256"], arguments.out)
-
-
-def convert(arguments: Namespace) -> None:
-    """Turn a .pth that fits the configured network into a DCP folder."""
-    from rcm.checkpoints import load_pth, save_dcp
-    from rcm.cli.models import network
-
-    config = compose(arguments.overrides)["network"]
-    with recording(arguments.out, stage="convert", inputs=[arguments.checkpoint], config=config):
-        state = load_pth(arguments.checkpoint)
-        network(config, state, arguments.checkpoint)
-        save_dcp(arguments.out, state)
 
 
 def synthesize(arguments: Namespace) -> None:

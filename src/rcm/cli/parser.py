@@ -85,7 +85,7 @@ STAGES: dict[str, Stage] = {
         overrides=f"{EXPERIMENT}  suite=train|dev|report|diversity",
     ),
     "download": Stage(
-        "rcm.cli.data:download",
+        "rcm.cli.checkpoints:download",
         "Fetch a checkpoint that the configuration names and verify its SHA-256.",
         (
             Option("--name", "which checkpoint", str, choices=("transformer", "codec")),
@@ -107,7 +107,7 @@ STAGES: dict[str, Stage] = {
         overrides=EXPERIMENT,
     ),
     "convert": Stage(
-        "rcm.cli.data:convert",
+        "rcm.cli.checkpoints:convert",
         "Convert a .pth checkpoint to a DCP folder, the format of training.",
         (Option("--checkpoint", "the checkpoint, FILE.pth"), Option("--out", "the DCP folder")),
         "rcm convert --checkpoint data/tiny/images/checkpoints/transformer.pth --out data/tiny/images/teacher",
@@ -161,7 +161,7 @@ STAGES: dict[str, Stage] = {
         overrides=f"{EXPERIMENT}  objective=scm|dcm|meanflow|dmd|dmd2|rcm  seed=N",
     ),
     "export": Stage(
-        "rcm.cli.train:export",
+        "rcm.cli.checkpoints:export",
         "Export a student's averaged weights with its sampler's settings, as .safetensors and as .pth beside it.",
         (Option("--student", "the student, a DCP folder"), Option("--out", "the export, FILE.safetensors")),
         "rcm export objective=rcm --student student/dcp --out student/student.safetensors",

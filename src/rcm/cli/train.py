@@ -1,4 +1,4 @@
-"""Stages that train: pretrain, distill, and export of what came out."""
+"""Stages that train: pretrain, distill."""
 
 import shutil
 from argparse import Namespace
@@ -16,10 +16,10 @@ import rcm.codecs
 import rcm.networks
 import rcm.text
 from rcm.artefact import UserError, atomic_file, atomic_folder, beside, content_sha256, recording
-from rcm.checkpoints import export_safetensors, load_dcp, load_into, load_pth, save_dcp, save_pth
+from rcm.checkpoints import load_into, load_pth, save_dcp, save_pth
 from rcm.cli.config import compose
-from rcm.cli.models import EXPORTED, codec, jobs_of, latent_shape, network, noise_of
-from rcm.cli.networks import open_networks, student_settings
+from rcm.cli.models import codec, jobs_of, latent_shape, noise_of
+from rcm.cli.networks import open_networks
 from rcm.cli.pictures import grid, png
 from rcm.cli.progress import Progress
 from rcm.cli.ranks import rank
@@ -161,20 +161,3 @@ def _previewer(config: Mapping[str, Any], codec_path: Path, folder: Path, mesh: 
                 path.write_bytes(png(grid(frames.reshape(len(captions), PREVIEW_COLUMNS, *frames.shape[1:]))))
 
     return preview
-
-
-def export(arguments: Namespace) -> None:
-    """Write a student as .safetensors with all that sampling needs, and as a plain .pth."""
-    config = compose(arguments.overrides)
-    if arguments.out.suffix != ".safetensors":
-        raise UserError(f"--out must end in .safetensors, got {str(arguments.out)!r}")
-    plain = arguments.out.with_suffix(".pth")
-    settings = {key: config[key] for key in EXPORTED} | {"objective": config["objective"], "seed": config["seed"]}
-    settings["network"] = student_settings(config)
-    outputs, seed = (arguments.out, plain), config["seed"]
-    with recording(*outputs, stage="export", inputs=[arguments.student], config=settings, seed=seed):
-        state = load_dcp(arguments.student)
-        network(settings["network"], state, arguments.student)
-        settings["student_sha256"] = content_sha256(arguments.student)
-        export_safetensors(arguments.out, state, settings)
-        save_pth(plain, state)
