@@ -16,7 +16,7 @@ FLOORS = [
     ("tree",),
     ("randomness", "dual", "flow", "collective"),
     ("networks", "codecs", "text", "vision"),
-    ("data", "sampling", "checkpoints", "parallel"),
+    ("data", "sampling", "conditioning", "checkpoints", "parallel"),
     ("objectives",),
     ("training", "evaluation"),
     ("report",),  # on the floor of evaluation, but it reads what evaluation writes
