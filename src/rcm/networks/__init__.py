@@ -7,8 +7,11 @@ from torch import nn
 
 from rcm.tree import settings_of
 
+from .conditioned import Conditioned
 from .cosmos import CosmosTransformer
 from .wan import WanTransformer
+
+__all__ = ["Conditioned", "build"]
 
 _CLASSES = {"wan": WanTransformer, "cosmos": CosmosTransformer}
 

@@ -1,7 +1,8 @@
-"""The Wan2.1 text-to-video transformer (arXiv 2503.20314), at any size; `state_dict()` has the official names.
+"""The Wan transformers (arXiv 2503.20314), text- and image-to-video, at any size; `state_dict()` has official names.
 
 Shapes: B batch, C channels, T frames, H, W latent height and width, S = T·H·W / patch volume image tokens, L text
-tokens, D width, N heads, P time steps per sample (1, or T for a time per frame).
+tokens (or tokens of a conditioning image, `image_BLD`), D width, N heads, P time steps per sample (1, or T for a time
+per frame).
 
 Tangents need no second class: `forward` takes `torch.autograd.forward_ad` dual tensors as well (see `rcm.dual`).
 Sharding, recomputation and the sharing of tokens come from outside too (`rcm.parallel`): blocks and head take tensors
@@ -71,34 +72,67 @@ class Attention(nn.Module):
         self.norm_q, self.norm_k = RMSNorm(width, eps), RMSNorm(width, eps)
 
     def forward(self, x_BSD: Tensor, context_BLD: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        q, k, v = (
-            y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for y in (self.norm_q(self.q(x_BSD)), self.norm_k(self.k(context_BLD)), self.v(context_BLD))
-        )
+        q, k, v = self.norm_q(self.q(x_BSD)), self.norm_k(self.k(context_BLD)), self.v(context_BLD)
+        return self.o(self.by_head(q, k, v, rotary))
+
+    def by_head(
+        self, q_BSD: Tensor, k_BLD: Tensor, v_BLD: Tensor, rotary: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """Attention of each head to its part of the width, (B, S, D)."""
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q_BSD, k_BLD, v_BLD))
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
-        return self.o(self.attend(q, k, v).transpose(1, 2).flatten(2))
+        return self.attend(q, k, v).transpose(1, 2).flatten(2)
+
+
+class ImageAttention(Attention):
+    """Attention to a text and, by keys and values of its own, to an image: the sum of both is projected."""
+
+    def __init__(self, width: int, heads: int, eps: float):
+        super().__init__(width, heads, eps)
+        self.k_img, self.v_img = (nn.Linear(width, width) for _ in range(2))
+        self.norm_k_img = RMSNorm(width, eps)
+
+    def forward(self, x_BSD: Tensor, text_BLD: Tensor, image_BLD: Tensor) -> Tensor:  # type: ignore[override]
+        q = self.norm_q(self.q(x_BSD))
+        to_text = self.by_head(q, self.norm_k(self.k(text_BLD)), self.v(text_BLD))
+        return self.o(to_text + self.by_head(q, self.norm_k_img(self.k_img(image_BLD)), self.v_img(image_BLD)))
+
+
+class ImageEmbedding(nn.Module):
+    """Features of an image's tokens, (B, L, image_width) -> (B, L, D)."""
+
+    def __init__(self, image_width: int, width: int):
+        super().__init__()
+        first, second = nn.Linear(image_width, image_width), nn.Linear(image_width, width)
+        self.proj = nn.Sequential(nn.LayerNorm(image_width), first, nn.GELU(), second, nn.LayerNorm(width))
+
+    def forward(self, image_BLD: Tensor) -> Tensor:
+        return self.proj(image_BLD)
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention to the text and an MLP; shift, scale and gate from the time (six-way)."""
+    """Self-attention, cross-attention to the text (with `image`: to both) and an MLP; shift, scale and gate from the
+    time (six-way)."""
 
-    def __init__(self, width: int, mlp_width: int, heads: int, eps: float):
+    def __init__(self, width: int, mlp_width: int, heads: int, eps: float, image: bool):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps, elementwise_affine=False)
         self.self_attn = Attention(width, heads, eps)
         self.norm3 = nn.LayerNorm(width, eps)
-        self.cross_attn = Attention(width, heads, eps)
+        self.cross_attn = (ImageAttention if image else Attention)(width, heads, eps)
         self.norm2 = nn.LayerNorm(width, eps, elementwise_affine=False)
         self.ffn = nn.Sequential(nn.Linear(width, mlp_width), nn.GELU("tanh"), nn.Linear(mlp_width, width))
         self.modulation = nn.Parameter(torch.randn(1, 6, width) / width**0.5)
 
-    def forward(self, x_BSD: Tensor, time_BP6D: Tensor, text_BLD: Tensor, cos_SD: Tensor, sin_SD: Tensor) -> Tensor:
+    def forward(
+        self, x_BSD: Tensor, time_BP6D: Tensor, text_BLD: Tensor, cos_SD: Tensor, sin_SD: Tensor, *image_BLD: Tensor
+    ) -> Tensor:
         dtype = x_BSD.dtype
         shift1, scale1, gate1, shift2, scale2, gate2 = per_token(self.modulation + time_BP6D, x_BSD.shape[1])
         y = (self.norm1(x_BSD) * (1 + scale1) + shift1).to(dtype)
         x_BSD = (x_BSD + self.self_attn(y, y, (cos_SD, sin_SD)) * gate1).to(dtype)
-        x_BSD = x_BSD + self.cross_attn(self.norm3(x_BSD), text_BLD)
+        x_BSD = x_BSD + self.cross_attn(self.norm3(x_BSD), text_BLD, *image_BLD)
         y = (self.norm2(x_BSD) * (1 + scale2) + shift2).to(dtype)
         return (x_BSD + self.ffn(y) * gate2).to(dtype)
 
@@ -155,6 +189,10 @@ class WanTransformer(nn.Module):
     (T, H, W) in tokens, adds learned absolute positions to the rotary ones: Wan2.1 has none, but in a grid of 3 x 3
     tokens relative positions cannot tell left from right before anything is visible. `second_time` embeds a second
     time, which is added to the first (MeanFlow); it starts without effect.
+
+    Image-to-video: `in_channels` counts the channels of a condition behind those of the latents (Wan: which frames are
+    given, as 4 mask channels, and the latents of these frames); `image_width`, the width of CLIP's features of the
+    first frame, adds an attention to them to every block (Wan2.1, not Wan2.2).
     """
 
     split: Callable[[Tensor, int], Tensor] = staticmethod(whole)  # (tokens, their axis) -> the tokens of this process
@@ -175,6 +213,7 @@ class WanTransformer(nn.Module):
         time_scale: float = 1000.0,
         positions: Sequence[int] | None = None,
         second_time: bool = False,
+        image_width: int | None = None,
         eps: float = 1e-6,
     ):
         super().__init__()
@@ -191,8 +230,9 @@ class WanTransformer(nn.Module):
         if second_time:
             self.second_time_embedding = nn.Sequential(nn.Linear(time_width, width), nn.SiLU(), nn.Linear(width, width))
             self.precise.append("second_time_embedding")
-        self.blocks = nn.ModuleList(Block(width, mlp_width, heads, eps) for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(width, mlp_width, heads, eps, bool(image_width)) for _ in range(layers))
         self.head = Head(width, math.prod(self.patch) * out_channels, eps)
+        self.img_emb = ImageEmbedding(image_width, width) if image_width else None
         # at the scale of the tokens: started small they were hardly used, for they help only together with the text
         self.positions = nn.ParameterList(torch.randn(n, width) for n in positions) if positions else None
         self.reset_parameters()
@@ -209,14 +249,32 @@ class WanTransformer(nn.Module):
             nn.init.zeros_(self.get_parameter("second_time_embedding.2.weight"))
 
     def forward(
-        self, latents_BCTHW: Tensor, time_BP: Tensor, text_BLD: Tensor, second_time_BP: Tensor | None = None
+        self,
+        latents_BCTHW: Tensor,
+        time_BP: Tensor,
+        text_BLD: Tensor,
+        second_time_BP: Tensor | None = None,
+        condition_BCTHW: Tensor | None = None,  # by position too: a unit of `rcm.parallel` takes nothing else
+        image_BLD: Tensor | None = None,
     ) -> Tensor:
         """Velocity (B, C, T, H, W) of latents at `time_BP` = rectified-flow time · `time_scale`, given a text.
 
-        `second_time_BP` is in the same unit, zero where it is not given.
+        `second_time_BP` is in the same unit, zero where it is not given. Of image-to-video networks, `condition_BCTHW`
+        are the channels behind the latents, unless these have them already; `image_BLD` are CLIP's features of the
+        first frame (B, 257, 1280).
 
-        Raises ValueError where the latents do not divide into patches, or there are neither one nor T times.
+        Raises ValueError where the latents do not divide into patches, there are neither one nor T times, or the
+        channels or the image are not what the network takes.
         """
+        if condition_BCTHW is not None:
+            latents_BCTHW = torch.cat([latents_BCTHW, condition_BCTHW.to(latents_BCTHW.dtype)], dim=1)
+        channels = latents_BCTHW.shape[1]
+        if channels != self.patch_embedding.in_channels:
+            raise ValueError(
+                f"latents and condition have {channels} channels, the network takes {self.patch_embedding.in_channels}"
+            )
+        if (image_BLD is None) != (self.img_emb is None):
+            raise ValueError(f"the network takes {'no' if self.img_emb is None else 'the'} features of an image")
         size = latents_BCTHW.shape[2:]
         if any(n % p for n, p in zip(size, self.patch, strict=True)):
             raise ValueError(f"latents of size {tuple(size)} do not divide into patches of {self.patch}")
@@ -236,6 +294,7 @@ class WanTransformer(nn.Module):
             time_BPD = time_BPD + self.second_time_embedding(sinusoid(second, self.time_width).to(time_dtype))
         time_BP6D = self.time_projection(time_BPD).unflatten(-1, (6, -1))
         text = self.text_embedding(text_BLD.to(dtype))
+        image = [self.img_emb(image_BLD.to(dtype))] if self.img_emb and image_BLD is not None else []
         angles = rotary_angles(t, h, w, x.shape[-1] // self.heads, x.device).repeat_interleave(2, dim=-1)
         rotary = [self.split(part.to(dtype), 0) for part in (angles.cos(), angles.sin())]
         if self.split is not whole and time_BP.shape[1] > 1:  # frames are cut: a time for every token
@@ -244,7 +303,7 @@ class WanTransformer(nn.Module):
             )
         x = self.split(x, 1)
         for block in self.blocks:
-            x = block(x, time_BP6D, text, *rotary)
+            x = block(x, time_BP6D, text, *rotary, *image)
         x = self.gather(self.head(x, time_BPD), t * h * w)
         patches = x.unflatten(-1, (*self.patch, self.out_channels)).unflatten(1, (t, h, w))
         return patches.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(-1, self.out_channels, *size)
