@@ -1,17 +1,28 @@
-"""Codecs between video in [-1, 1] and latents."""
+"""Codecs between video (B, 3, F, H, W) in [-1, 1] and latents (B, C, T, H / cell, W / cell), F = 1 + stride·(T - 1).
+
+`encode(video) -> latents`, `decode(latents) -> video`, `frames(latents)`: the pieces of what `decode` gives, in turn.
+"""
 
 from collections.abc import Mapping
 from typing import Any
 
+from rcm.tree import settings_of
+
 from .cells import CellCodec, from_pixels, to_pixels
+from .wan import WanVAE
 
-__all__ = ["CellCodec", "build", "from_pixels", "to_pixels"]
+__all__ = ["CellCodec", "WanVAE", "build", "from_pixels", "to_pixels"]
+
+_CLASSES = {"cells": CellCodec, "wan-vae": WanVAE}
 
 
-def build(config: Mapping[str, Any]) -> CellCodec:
-    """Build a codec from `{"kind": "cells", ...}`. Raises ValueError for an unknown kind."""
-    settings = dict(config)
+def build(config: Mapping[str, Any] | str) -> Any:
+    """Build a codec, a module without its trained weights, from `{"kind": "cells", ...}` or its name in config/codec/.
+
+    It works under `torch.device("meta")`. Raises ValueError for an unknown name or kind, or sizes that do not fit.
+    """
+    settings = settings_of("codec", config)
     kind = settings.pop("kind")
-    if kind != "cells":
-        raise ValueError(f"unknown codec kind {kind!r}: expected cells")
-    return CellCodec(**settings)
+    if kind not in _CLASSES:
+        raise ValueError(f"unknown codec kind {kind!r}: expected one of {', '.join(_CLASSES)}")
+    return _CLASSES[kind](**settings)

@@ -6,6 +6,9 @@ it keeps every fourth frame and fills the three between as a video coder does: a
 neighbouring cell of the next kept frame slides there, everything else fades over.
 """
 
+from collections.abc import Iterator
+from itertools import pairwise
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -22,7 +25,7 @@ class CellCodec(nn.Module):
 
     def __init__(self, *, channels: int, cell: int, stride: int):
         super().__init__()
-        self.cell, self.stride = cell, stride
+        self.channels, self.cell, self.stride = channels, cell, stride
         pixels = 3 * cell * cell
         self.register_buffer("mean", torch.zeros(pixels))
         self.register_buffer("basis", torch.zeros(channels, pixels))
@@ -49,26 +52,25 @@ class CellCodec(nn.Module):
 
     def encode(self, video_BCTHW: Tensor) -> Tensor:
         """Latents (B, C, T, rows, columns) of a video. Raises ValueError for a size that does not divide."""
-        frames, height, width = video_BCTHW.shape[2:]
-        if (frames - 1) % self.stride or height % self.cell or width % self.cell:
-            raise ValueError(
-                f"video of {frames} x {height} x {width}: need 1 + {self.stride}k frames, sides of {self.cell}k"
-            )
+        check_size(video_BCTHW, self.cell, self.stride)
         latents = (self._cells(video_BCTHW[:, :, :: self.stride]) - self.mean) @ self.basis.T / self.scale
         return latents.permute(0, 4, 1, 2, 3)
 
     def decode(self, latents_BCTHW: Tensor) -> Tensor:
         """Video (B, 3, F, H, W) in [-1, 1] of latents."""
+        return torch.cat(list(self.frames(latents_BCTHW)), dim=2)
+
+    def frames(self, latents_BCTHW: Tensor) -> Iterator[Tensor]:
+        """The video of latents piece by piece: its first frame, then `stride` frames for each further latent frame."""
         latents = latents_BCTHW.permute(0, 2, 3, 4, 1).to(self.basis.dtype)
         cells = ((latents * self.scale) @ self.basis + self.mean).clamp(-1, 1)
         b, t, rows, columns, _ = cells.shape
         n = self.cell
         kept = cells.unflatten(4, (3, n, n)).permute(0, 1, 4, 2, 5, 3, 6).reshape(b, t, 3, rows * n, columns * n)
-        frames = [kept[:, 0]]
-        for k in range(1, t):
-            frames += [self._between(kept[:, k - 1], kept[:, k], s / self.stride) for s in range(1, self.stride)]
-            frames.append(kept[:, k])
-        return torch.stack(frames, dim=2)
+        yield kept[:, 0, :, None]
+        for first, last in pairwise(kept.unbind(1)):
+            between = [self._between(first, last, s / self.stride) for s in range(1, self.stride)]
+            yield torch.stack([*between, last], dim=2)
 
     def _between(self, first_BCHW: Tensor, last_BCHW: Tensor, fraction: float) -> Tensor:
         """The frame at `fraction` of the way between two kept frames: moving cells slide, the rest fades."""
@@ -100,6 +102,13 @@ class CellCodec(nn.Module):
 
 def _energy(*differences: Tensor) -> Tensor:
     return sum((d.square().sum((1, 2, 3)) for d in differences), start=torch.zeros(()))
+
+
+def check_size(video_BCTHW: Tensor, cell: int, stride: int) -> None:
+    """Raise ValueError for a video whose frames or sides a codec cannot divide."""
+    frames, height, width = video_BCTHW.shape[2:]
+    if (frames - 1) % stride or height % cell or width % cell:
+        raise ValueError(f"video of {frames} x {height} x {width}: need 1 + {stride}k frames, sides of {cell}k")
 
 
 def to_pixels(video_BCTHW: Tensor) -> np.ndarray:
