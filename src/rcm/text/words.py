@@ -32,6 +32,10 @@ def _rotation(offset: int, width: int) -> np.ndarray:
     return np.linalg.qr(_generator(f"offset {offset}").standard_normal((width, width)))[0]
 
 
+def _all_words(prompt: str) -> list[str]:
+    return [w for w in _WORD.findall(prompt.lower()) if w not in _SKIPPED]
+
+
 class WordEncoder:
     """Encode prompts to (B, tokens, width); words beyond `tokens` are cut, shorter prompts end in zeros."""
 
@@ -40,7 +44,11 @@ class WordEncoder:
 
     def words(self, prompt: str) -> list[str]:
         """The words of a prompt that are encoded: lower case, without filler words."""
-        return [w for w in _WORD.findall(prompt.lower()) if w not in _SKIPPED][: self.tokens]
+        return _all_words(prompt)[: self.tokens]
+
+    def cut(self, prompts: Sequence[str]) -> list[int]:
+        """Numbers of the prompts that have more than `tokens` words and lose those behind."""
+        return [number for number, prompt in enumerate(prompts) if len(_all_words(prompt)) > self.tokens]
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Encode prompts: float32 (B, tokens, width)."""
