@@ -1,7 +1,7 @@
 """The memory that `rcm plan` foretells, against the live tensors of the trainer's own steps.
 
-    python benchmarks/plan_peak.py experiment=wan2.1-1.3b-paper --gpus 8
-    python benchmarks/plan_peak.py experiment=wan2.1-14b-paper --gpus 32 parallel.context=1 --layers 4
+    python benchmarks/plan_peak.py experiment=wan2.1-1.3b-clips --gpus 8
+    python benchmarks/plan_peak.py experiment=wan2.1-14b-clips --gpus 32 parallel.context=1 --layers 4
 
 One rank of many is run in this process (collectives do nothing) on tensors without memory, so that any size will do.
 With a GPU a step on one rank is run as well, and the plan compared with the allocator's peak.

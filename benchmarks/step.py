@@ -1,6 +1,6 @@
 """Time and memory of one student's and one critic's step, split by part, and the memory beside that of `rcm plan`.
 
-    python benchmarks/step.py experiment=wan2.1-1.3b-paper           # a GPU: the most frames that fit
+    python benchmarks/step.py experiment=wan2.1-1.3b-clips           # a GPU: the most frames that fit
     python benchmarks/step.py experiment=tiny-images                 # no GPU: this CPU, time alone
 
 One process, random weights, the longest rollout. On a GPU: bfloat16, blocks recomputed, one sample, and of the

@@ -12,7 +12,7 @@ from rcm.cli.parser import size
 
 def test_it_prints_proposals_and_writes_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "plan.json"
-    arguments = ["plan", "experiment=cosmos-predict2-2b-paper", "--gpus", "8", "--json", str(path), "--count", "2"]
+    arguments = ["plan", "experiment=cosmos-predict2-2b-images", "--gpus", "8", "--json", str(path), "--count", "2"]
     assert main(arguments) == 0
     text = capsys.readouterr().out
     assert "1,956,405,248 parameters, latents 16 x 1 x 96 x 170, 4,080 tokens, batch 512" in text
@@ -29,7 +29,7 @@ def test_it_prints_proposals_and_writes_them(tmp_path: Path, capsys: pytest.Capt
 
 def test_stated_settings_are_kept(capsys: pytest.CaptureFixture[str]) -> None:
     stated = ["parallel.context=2", "parallel.recompute=blocks", "parallel.offload_teacher=false"]
-    assert main(["plan", "experiment=wan2.1-1.3b-paper", *stated, "--gpus", "16"]) == 0
+    assert main(["plan", "experiment=wan2.1-1.3b-clips", *stated, "--gpus", "16"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "  parallel.replicate=" in line]
     assert lines and all(word in line for line in lines for word in stated)
 
@@ -46,12 +46,12 @@ def test_the_tiny_experiment_has_a_plan_too(capsys: pytest.CaptureFixture[str]) 
         (["--gpus", "12"], "--gpus 12 is no multiple of --gpus-per-node 8"),
         (["--gpus", "8", "--memory", "10GiB"], "nothing fits 8 GPUs: the least a rank needs is"),
         (["--gpus", "8", "--memory", "much"], "'much' is no size; expected something like 80GiB"),
-        (["--gpus", "8", "network.in_channels=4"], "configuration key 'network.in_channels' is 4; allowed: 16"),
+        (["--gpus", "8", "network.in_channels=4"], "configuration key 'network.in_channels' is 4; allowed: codec.channels"),
         (["--gpus", "8", "distillation.ema=0.5"], "configuration key 'distillation.ema' is 0.5; allowed: a number"),
     ],
 )
 def test_mistakes_are_one_sentence(arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "experiment=wan2.1-14b-paper", *arguments]) == 2
+    assert main(["plan", "experiment=wan2.1-14b-clips", *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("rcm plan: error: ") and sentence in error and error.count("\n") == 1
 

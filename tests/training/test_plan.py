@@ -13,18 +13,18 @@ from rcm.training.plan import Cluster, fitting, proposals
 from rcm.training.plan_cost import forward_operations
 
 TABLE4 = {  # experiment: parameters, iterations, updates of the student
-    "wan2.1-1.3b-paper": (1_418_996_800, 10_000, 2_800),
-    "wan2.1-14b-paper": (14_288_491_584, 10_000, 1_180),
-    "cosmos-predict2-0.6b-paper": (597_536_000, 80_000, 16_000),
-    "cosmos-predict2-2b-paper": (1_956_405_248, 30_000, 6_000),
-    "cosmos-predict2-14b-paper": (14_265_265_152, 25_000, 5_000),
+    "wan2.1-1.3b-clips": (1_418_996_800, 10_000, 2_800),
+    "wan2.1-14b-clips": (14_288_491_584, 10_000, 1_180),
+    "cosmos-predict2-0.6b-images": (597_536_000, 80_000, 16_000),
+    "cosmos-predict2-2b-images": (1_956_405_248, 30_000, 6_000),
+    "cosmos-predict2-14b-images": (14_265_265_152, 25_000, 5_000),
 }
 SMALL = (
-    *("network.width=128", "network.mlp_width=384", "network.heads=4", "network.layers=4", "latents=[16,4,32,32]"),
-    *("text.tokens=16", "text.width=64", "network.text_width=64", "distillation.batch=8", "parallel.micro_batch=2"),
+    *("network.width=128", "network.mlp_width=384", "network.heads=4", "network.layers=4", "frames=13", "height=256", "width=256"),
+    *("text.tokens=16", "text.width=64", "network.text_width=64", "synthesizer=${network}", "distillation.batch=8", "parallel.micro_batch=2"),
     *("distillation.discriminator.heads=4", "distillation.discriminator.layers=[1,3]", "parallel.context=1"),
 )
-WAN, COSMOS = "experiment=wan2.1-1.3b-paper", "experiment=cosmos-predict2-2b-paper"
+WAN, COSMOS = "experiment=wan2.1-1.3b-clips", "experiment=cosmos-predict2-2b-images"
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_the_plan_is_what_a_step_holds(given: list[str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("experiment", ["wan2.1-1.3b-paper", "cosmos-predict2-2b-paper"])
+@pytest.mark.parametrize("experiment", ["wan2.1-1.3b-clips", "cosmos-predict2-2b-images"])
 def test_the_plan_holds_at_full_size(experiment: str) -> None:
     """32,760 tokens in 30 blocks and 4 x 4,080 in 28, without memory: every part within 1.5 %, activations too."""
     job = read([f"experiment={experiment}", "distillation.batch=32", "parallel.shard=null"])
@@ -95,7 +95,7 @@ def test_products_are_those_that_pytorch_counts(kind: str) -> None:
 def test_forward_equivalents_of_the_consistency_loss() -> None:
     """Teacher 2, dual 3, computed again 1, backward 2; a pass more where tangent and gradient have their own."""
     for tangent_pass, expected in (("shared", 8), ("separate", 9)):
-        job = read(["experiment=wan2.1-1.3b-paper", f"parallel.tangent_pass={tangent_pass}"])
+        job = read(["experiment=wan2.1-1.3b-clips", f"parallel.tangent_pass={tangent_pass}"])
         alone = job.steps(job.choice(gpus=8), Cluster(gpus=8)).alone
         assert alone is not None and alone.equivalents == expected
 
@@ -127,7 +127,7 @@ def test_table_4_fits(experiment: str, gpus: int) -> None:
 
 
 def test_what_cannot_be_is_refused_with_what_would_do() -> None:
-    job = read(["experiment=wan2.1-14b-paper"])
+    job = read(["experiment=wan2.1-14b-clips"])
     with pytest.raises(UserError, match=r"32 GPUs do not divide as stated: parallel\.context=10"):
         proposals(job, Cluster(gpus=32), {"context": 10})
     with pytest.raises(

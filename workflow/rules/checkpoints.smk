@@ -1,67 +1,58 @@
-# Checkpoints: fetched and verified, or trained from nothing; then in DCP, the format of training.
-rule download_transformer:
-    output:
-        "<data>/{media}/checkpoints/transformer.pth",
-    log:
-        "<logs>/{media}/download.log",
-    benchmark:
-        "<logs>/benchmarks/download-transformer/{media}.tsv"
-    threads: 1
-    resources:
-        mem_mb=500,
-        runtime=30,
-    params:
-        cfg=numbers("download transformer"),
-        code=lambda _: code_digest("download"),
-        overrides=overrides("download transformer"),
-    message:
-        "Fetch the teacher of {wildcards.media} and verify its SHA-256"
-    shell:
-        "python -m rcm download {params.overrides} --name transformer --out {output} > {log} 2>&1"
+# Checkpoints and prompt files: fetched and verified; networks then in DCP, the format of training.
+for NAME in CHECKPOINTS:
+
+    rule:
+        name:
+            f"download_{NAME}"
+        output:
+            directory(stored(NAME)) if is_folder(NAME) else stored(NAME),
+        log:
+            of_medium("<logs>/download/{}.log", NAME),
+        benchmark:
+            of_medium("<logs>/benchmarks/download/{}.tsv", NAME)
+        threads: 1
+        resources:
+            mem_mb=sized(500, 2000),
+            runtime=sized(30, 720),
+        params:
+            cfg=numbers("download", name=NAME),
+            code=lambda _: code_digest("download"),
+            overrides=overrides("download"),
+            name=NAME,
+        message:
+            f"Fetch {NAME} and verify it"
+        shell:
+            "python -m rcm download {params.overrides} --name {params.name} --out {output} > {log} 2>&1"
 
 
-rule download_codec:
-    output:
-        "<data>/checkpoints/codec.pth",
-    log:
-        "<logs>/download-codec.log",
-    benchmark:
-        "<logs>/benchmarks/download-codec/codec.tsv"
-    threads: 1
-    resources:
-        mem_mb=500,
-        runtime=30,
-    params:
-        cfg=numbers("download codec"),
-        code=lambda _: code_digest("download"),
-        overrides=overrides("download codec"),
-    message:
-        "Fetch the codec and verify its SHA-256"
-    shell:
-        "python -m rcm download {params.overrides} --name codec --out {output} > {log} 2>&1"
+# The teacher of the distillation, and that of the data where it is another one.
+for ROLE, NAME, FOLDER in (("network", "transformer", "teacher"), ("synthesizer", "synthesizer", "synthesizer")):
+    if NAME in CHECKPOINTS:
 
-
-rule convert:
-    input:
-        rules.download_transformer.output,
-    output:
-        directory("<data>/{media}/teacher"),
-    log:
-        "<logs>/{media}/convert.log",
-    benchmark:
-        "<logs>/benchmarks/convert/{media}.tsv"
-    threads: 1
-    resources:
-        mem_mb=800,
-        runtime=30,
-    params:
-        cfg=numbers("convert"),
-        code=lambda _: code_digest("convert"),
-        overrides=overrides("convert"),
-    message:
-        "Convert the teacher of {wildcards.media} to DCP"
-    shell:
-        "python -m rcm convert {params.overrides} --checkpoint {input} --out {output} > {log} 2>&1"
+        rule:
+            name:
+                "convert" if ROLE == "network" else "convert_synthesizer"
+            input:
+                stored(NAME),
+            output:
+                directory(f"<data>/{{media}}/{FOLDER}"),
+            log:
+                f"<logs>/{{media}}/convert-{FOLDER}.log",
+            benchmark:
+                f"<logs>/benchmarks/convert-{FOLDER}/{{media}}.tsv"
+            threads: 1
+            resources:
+                mem_mb=sized(800, 24000),
+                runtime=sized(30, 240),
+            params:
+                cfg=numbers("convert", role=ROLE),
+                code=lambda _: code_digest("convert"),
+                overrides=overrides("convert"),
+                network=f"--network {ROLE}",
+            message:
+                f"Convert the {FOLDER} of {{wildcards.media}} to DCP"
+            shell:
+                "python -m rcm convert {params.overrides} {params.network} --checkpoint {input} --out {output} > {log} 2>&1"
 
 
 # Not part of the default target: what is shipped under assets/ came from here. Clips share the codec of images.

@@ -29,15 +29,30 @@ def plain(value):
     return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
+NEEDS = {"table2": {"clips"}, "figure_clips": {"clips"}, "figure_training": set()}  # media; the others: images
+
+
+def media_of(scale):
+    """The media that a scale has an experiment for."""
+    return [media for media in ("images", "clips") if f"{scale}-{media}" in options("experiment")]
+
+
 def check_pipeline():
     """Check config/pipeline.yaml with what the command line changed in it."""
     validate(config, read_schema(Path(workflow.source_path("../schemas/pipeline.schema.json"))))
-    scales = sorted({name.rpartition("-")[0] for name in options("experiment") if name.endswith(("-images", "-clips"))})
+    scales = sorted({name.rpartition("-")[0] for name in options("experiment")})
     if config["scale"] not in scales:
         raise UserError(
             f"configuration key 'scale' is {json.dumps(config['scale'])}; allowed: the scales that have experiments "
             f"in config/experiment/, {', '.join(scales)}"
         )
+    for name in (*config["tables"], *config["figures"]):
+        if lacking := NEEDS.get(name, {"images"}) - {*media_of(config["scale"])}:
+            key = "tables" if name in config["tables"] else "figures"
+            raise UserError(
+                f"configuration key '{key}' contains {json.dumps(name)}, which is made of {', '.join(lacking)}; the "
+                f"scale {config['scale']} has {' and '.join(media_of(config['scale']))} only"
+            )
     clips = {"table2", "figure_clips"} & {*config["tables"], *config["figures"]}
     if clips and config["clips"] not in ("all", *config["methods"]):
         raise UserError(
@@ -66,15 +81,15 @@ def tree(*words):
 
 def check_trees():
     """Compose the tree of every medium and method, so that a mistake there shows at once, and compare it with steps."""
-    for media in ("images", "clips"):
+    for media in media_of(config["scale"]):
         experiment = f"experiment={config['scale']}-{media}"
         for objective in ("", *(f"objective={method}" for method in config["methods"])):
             composed = tree(*filter(None, (experiment, objective)), *config["overrides"])
         times = 1 + len(composed["sampler"]["mid_times"])
-        if max(config["steps"]) > times:
+        if refused := [steps for steps in config["steps"] if steps > times and steps != 8]:
             raise UserError(
-                f"configuration key 'steps' is {config['steps']}; allowed: up to {times} steps for {media}, "
-                "one more than sampler.mid_times has entries"
+                f"configuration key 'steps' contains {refused[0]}; allowed: up to {times} steps for {media}, one more than "
+                "sampler.mid_times has entries, and 8"
             )
         layout = composed["parallel"]
         sizes = [layout[name] for name in ("replicate", "shard", "context")]
@@ -93,6 +108,7 @@ try:
 except UserError as mistake:
     sys.exit(f"snakemake: error: {mistake}")  # where WorkflowError would add the lines of this file
 SCALE = config["scale"]
+MEDIA = media_of(SCALE)
 
 
 def part(node, key):
@@ -106,25 +122,29 @@ def chosen(wildcards):
     """The Hydra overrides that a job's wildcards stand for."""
     groups = {"objective": "method", "seed": "seed", "suite": "suite"}
     picked = [f"{key}={wildcards[name]}" for key, name in groups.items() if name in wildcards]
-    return [f"experiment={SCALE}-{wildcards.get('media', 'images')}", *picked]
+    return [f"experiment={SCALE}-{wildcards.get('media', MEDIA[0])}", *picked]
 
 
 # The sections of the configuration that decide what a stage makes; it is made again when a value in them changes.
+SAMPLE = ("frames", "height", "width", "codec", "text")
 READS = {
     "prompts": ("media", "prompts", "suites.{suite}"),
-    "download transformer": ("checkpoints.transformer",),
-    "download codec": ("checkpoints.codec",),
+    "download": ("checkpoints.{name}",),
     "pretrain": ("media", "frames", "network", "codec", "text", "prompts", "pretrain"),
-    "convert": ("network",),
-    "synthesize": ("frames", "network", "codec", "text", "teacher", "suites.train", "evaluation.batch"),
+    "convert": ("{role}",),
+    "embed": ("text", "teacher.negative_prompt", "synthesis.negative_prompt", "inference"),
+    "synthesize": (*SAMPLE, "synthesizer", "synthesis", "suites.train", "inference"),
     # previews, which read more, are not worth another training
-    "distill": ("media", "frames", "network", "codec", "text", "seed", "objective", "distillation", "parallel"),
-    "export": ("media", "frames", "network", "codec", "text", "seed", "objective", "sampler"),
-    "sample student": ("frames", "codec", "suites.{suite}", "evaluation.batch"),
-    "sample teacher": ("frames", "network", "codec", "text", "teacher", "suites.{suite}", "evaluation.batch"),
-    "sample control": ("frames", "codec", "suites.{suite}", "evaluation.batch"),
+    "distill": (
+        *(*SAMPLE, "media", "network", "seed", "objective", "distillation", "parallel"),
+        "teacher.negative_prompt",
+    ),
+    "export": (*SAMPLE, "media", "network", "seed", "objective", "sampler"),
+    "sample student": (*SAMPLE, "suites.{suite}", "inference"),
+    "sample teacher": (*SAMPLE, "network", "teacher", "suites.{suite}", "inference"),
+    "sample control": (*SAMPLE, "suites.{suite}", "inference.format"),
     "evaluate": ("media", "evaluation.bootstrap"),
-    "precision": ("frames", "network", "codec", "text", "teacher", "suites.{suite}.seed", "evaluation.precision"),
+    "precision": (*SAMPLE, "network", "teacher", "suites.{suite}.seed", "evaluation.precision"),
     "table": ("evaluation.oracle_at_least", "evaluation.floor_at_most"),
     "report": ("",),
 }
@@ -176,6 +196,8 @@ def launcher(wildcards, threads):
 
 def students(media):
     """The students of a medium, METHOD-SEED."""
+    if media not in MEDIA:
+        return []
     methods = config["methods"] if media == "images" or config["clips"] == "all" else [config["clips"]]
     return [f"{method}-{seed}" for method in methods for seed in config["seeds"]]
 
@@ -186,9 +208,48 @@ def models(media):
     return [f"teacher-{steps}", *(f"{student}-{k}" for student in students(media) for k in config["steps"])]
 
 
+FIRST = tree(f"experiment={SCALE}-{MEDIA[0]}", *config["overrides"])
+CHECKPOINTS = {name: entry["source"] for name, entry in FIRST["checkpoints"].items() if entry}
+BIG = FIRST["codec"]["kind"] != "cells"  # a scale of real models
+ENCODED = "text" in CHECKPOINTS  # by an encoder that has weights, before the prompts are used
+
+
+def sized(tiny, big):
+    """A resource of a rule, at the scale tiny and at those of real models (one sample at 480p, 14B at most)."""
+    return big if BIG else tiny
+
+
+def is_folder(name):
+    """Whether a download is more than one file."""
+    last = CHECKPOINTS[name].rpartition("/")[2]
+    return not last or "*" in last
+
+
+def stored(name):
+    """Where a download goes; transformers are of one medium each."""
+    folder = "<data>/{media}/checkpoints" if name in ("transformer", "synthesizer") else "<data>/checkpoints"
+    suffix = "" if is_folder(name) else os.path.splitext(CHECKPOINTS[name])[1]
+    return f"{folder}/{name}{suffix}"
+
+
+def of_medium(pattern, name):
+    """A pattern of log or benchmark files of a download, with the medium where it has one."""
+    return pattern.format(f"{{media}}-{name}" if "{media}" in stored(name) else name)
+
+
+def texts(suite, part):
+    """The encoded prompts of a part of a suite, for rules with the wildcard media; none where nothing is encoded."""
+    return f"<data>/{{media}}/text/{suite}/{part}.safetensors" if ENCODED else []
+
+
+def encoded(wildcards, input):
+    """For params: the option that names encoded prompts."""
+    return f"--text {input.text}" if input.text else ""
+
+
 def scores(media, kind="models"):
     """Score files of the models, or of the controls."""
-    names = models(media) if kind == "models" else [f"{control}-0" for control in config["controls"]]
+    names = [] if media not in MEDIA else models(media) if kind == "models" else [f"{control}-0" for control in config["controls"]]
     return [f"<results>/{media}/scores/{name}.json" for name in names]
 
 

@@ -1,5 +1,13 @@
-# Data: prompts, and latents that the teacher makes of them.
+# Data: prompts, their encoding, and latents that a teacher makes of them.
+def prompt_file(wildcards):
+    """The downloaded file that a suite takes its prompts from; none where they are drawn."""
+    name = tree(*chosen(wildcards), *config["overrides"])["suites"][wildcards.suite].get("file")
+    return stored(name) if name else []
+
+
 rule prompts:
+    input:
+        prompt_file,
     output:
         "<data>/{media}/prompts/{suite}.jsonl",
     log:
@@ -8,22 +16,53 @@ rule prompts:
         "<logs>/benchmarks/prompts/{media}-{suite}.tsv"
     threads: 1
     resources:
-        mem_mb=300,
+        mem_mb=sized(300, 2000),
         runtime=10,
     params:
         cfg=numbers("prompts"),
         code=lambda _: code_digest("prompts"),
         overrides=overrides("prompts"),
+        source=lambda wildcards, input: f"--source {input}" if input else "",
     message:
-        "Draw the prompts `{wildcards.suite}` for {wildcards.media}"
+        "Prepare the prompts `{wildcards.suite}` for {wildcards.media}"
     shell:
-        "python -m rcm prompts {params.overrides} --out {output} > {log} 2>&1"
+        "python -m rcm prompts {params.overrides} {params.source} --out {output} > {log} 2>&1"
+
+
+if ENCODED:
+
+    rule embed:
+        input:
+            prompts=rules.prompts.output,
+            encoder=stored("text"),
+            tokenizer=stored("tokenizer"),
+        output:
+            "<data>/{media}/text/{suite}/{scatteritem}.safetensors",
+        log:
+            "<logs>/{media}/embed/{suite}-{scatteritem}.log",
+        benchmark:
+            "<logs>/benchmarks/embed/{media}-{suite}-{scatteritem}.tsv"
+        threads: 1
+        resources:
+            mem_mb=64000,
+            runtime=120,
+            gpu=1,
+        params:
+            cfg=numbers("embed"),
+            code=lambda _: code_digest("embed"),
+            overrides=overrides("embed"),
+        message:
+            "Encode the prompts `{wildcards.suite}`, part {wildcards.scatteritem}"
+        shell:
+            "python -m rcm embed {params.overrides} --prompts {input.prompts} --part {wildcards.scatteritem} "
+            "--encoder {input.encoder} --tokenizer {input.tokenizer} --out {output} > {log} 2>&1"
 
 
 rule synthesize:
     input:
-        teacher=rules.convert.output,
+        teacher="<data>/{media}/synthesizer" if "synthesizer" in CHECKPOINTS else rules.convert.output,
         prompts="<data>/{media}/prompts/train.jsonl",
+        text=texts("train", "{scatteritem}"),
     output:
         shard="<data>/{media}/shards/{scatteritem}.tar",
         manifest="<data>/{media}/shards/{scatteritem}.tar.json",
@@ -34,14 +73,16 @@ rule synthesize:
     priority: 100
     threads: 1
     resources:
-        mem_mb=1000,
-        runtime=60,
+        mem_mb=sized(1000, 64000),
+        runtime=sized(60, 2880),
+        gpu=sized(0, 1),
     params:
         cfg=numbers("synthesize"),
         code=lambda _: code_digest("synthesize"),
         overrides=overrides("synthesize"),
+        text=encoded,
     message:
         "Let the teacher of {wildcards.media} make training data, shard {wildcards.scatteritem}"
     shell:
-        "python -m rcm synthesize {params.overrides} --teacher {input.teacher} --prompts {input.prompts} "
+        "python -m rcm synthesize {params.overrides} --teacher {input.teacher} --prompts {input.prompts} {params.text} "
         "--shard {wildcards.scatteritem} --out {output.shard} > {log} 2>&1"

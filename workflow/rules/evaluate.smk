@@ -2,8 +2,9 @@
 rule sample_student:
     input:
         student=rules.export.output.safetensors,
-        codec=rules.download_codec.output,
+        codec=stored("codec"),
         prompts=rules.prompts.output,
+        text=texts("{suite}", "{scatteritem}"),
     output:
         directory("<data>/{media}/samples/{method}-{seed}-{steps}/{suite}/{scatteritem}"),
     log:
@@ -12,25 +13,28 @@ rule sample_student:
         "<logs>/benchmarks/sample/{media}-{method}-{seed}-{steps}-{suite}-{scatteritem}.tsv"
     threads: 1
     resources:
-        mem_mb=1000,
-        runtime=60,
+        mem_mb=sized(1000, 64000),
+        runtime=sized(60, 1440),
+        gpu=sized(0, 1),
     params:
         cfg=numbers("sample student"),
         code=lambda _: code_digest("sample"),
         overrides=overrides("sample student"),
+        text=encoded,
     message:
         "Sample {wildcards.media} from {wildcards.method}-{wildcards.seed} in {wildcards.steps} steps "
         "({wildcards.suite}, part {wildcards.scatteritem})"
     shell:
         "python -m rcm sample {params.overrides} --checkpoint {input.student} --codec {input.codec} "
-        "--prompts {input.prompts} --steps {wildcards.steps} --part {wildcards.scatteritem} --out {output} > {log} 2>&1"
+        "--prompts {input.prompts} {params.text} --steps {wildcards.steps} --part {wildcards.scatteritem} --out {output} > {log} 2>&1"
 
 
 rule sample_teacher:
     input:
         teacher=rules.convert.output,
-        codec=rules.download_codec.output,
+        codec=stored("codec"),
         prompts=rules.prompts.output,
+        text=texts("{suite}", "{scatteritem}"),
     output:
         directory("<data>/{media}/samples/teacher-{steps}/{suite}/{scatteritem}"),
     log:
@@ -39,23 +43,25 @@ rule sample_teacher:
         "<logs>/benchmarks/sample/{media}-teacher-{steps}-{suite}-{scatteritem}.tsv"
     threads: 1
     resources:
-        mem_mb=1000,
-        runtime=60,
+        mem_mb=sized(1000, 64000),
+        runtime=sized(60, 1440),
+        gpu=sized(0, 1),
     params:
         cfg=numbers("sample teacher"),
         code=lambda _: code_digest("sample"),
         overrides=overrides("sample teacher"),
+        text=encoded,
     message:
         "Sample {wildcards.media} from the teacher in {wildcards.steps} steps "
         "({wildcards.suite}, part {wildcards.scatteritem})"
     shell:
         "python -m rcm sample {params.overrides} --checkpoint {input.teacher} --codec {input.codec} "
-        "--prompts {input.prompts} --steps {wildcards.steps} --part {wildcards.scatteritem} --out {output} > {log} 2>&1"
+        "--prompts {input.prompts} {params.text} --steps {wildcards.steps} --part {wildcards.scatteritem} --out {output} > {log} 2>&1"
 
 
 rule sample_control:
     input:
-        codec=rules.download_codec.output,
+        codec=stored("codec"),
         prompts=rules.prompts.output,
     output:
         directory("<data>/{media}/samples/{control}-0/{suite}/{scatteritem}"),
@@ -87,6 +93,7 @@ rule precision:
             otherwise="<data>/{media}/{model}/student.safetensors",
         ),
         prompts="<data>/{media}/prompts/dev.jsonl",
+        text=texts("dev", "1-of-1"),
     output:
         "<results>/{media}/precision/{model}.json",
     log:
@@ -95,17 +102,18 @@ rule precision:
         "<logs>/benchmarks/precision/{media}-{model}.tsv"
     threads: 1
     resources:
-        mem_mb=1000,
-        runtime=30,
+        mem_mb=sized(1000, 128000),
+        runtime=sized(30, 720),
     params:
         cfg=numbers("precision", suite="dev"),
         code=lambda _: code_digest("precision"),
         overrides=overrides("precision", suite="dev"),
+        text=encoded,
     message:
         "Measure rounding in the network of {wildcards.model}, {wildcards.media}"
     shell:
         "python -m rcm precision {params.overrides} --checkpoint {input.checkpoint} --teacher {input.teacher} "
-        "--prompts {input.prompts} --out {output} > {log} 2>&1"
+        "--prompts {input.prompts} {params.text} --out {output} > {log} 2>&1"
 
 
 rule evaluate:

@@ -122,7 +122,7 @@ rule figure_quality_diversity:
 
 rule figure_training:
     input:
-        lambda _: [f"<data>/images/{student}/metrics.jsonl" for student in students("images")],
+        lambda _: [f"<data>/{MEDIA[0]}/{student}/metrics.jsonl" for student in students(MEDIA[0])],
     output:
         "<results>/figures/figure_training.png",
     log:
@@ -173,6 +173,8 @@ rule report:
         tables=expand("<results>/tables/{table}.csv", table=config["tables"]),
         figures=expand("<results>/figures/{figure}.png", figure=config["figures"]),
         clips=lambda _: samples("clips") if "table2" in config["tables"] else [],
+        # of a scale whose samples are not scored here
+        samples=lambda _: [path for media in MEDIA if BIG for path in samples(media)],
     output:
         "<results>/report.html",
     log:
@@ -184,9 +186,9 @@ rule report:
         mem_mb=800,
         runtime=10,
     params:
-        cfg=lambda wildcards: [numbers("report", media=media)(wildcards) for media in ("images", "clips")],
+        cfg=lambda wildcards: [numbers("report", media=media)(wildcards) for media in MEDIA],
         code=lambda _: code_digest("report"),
-        overrides=shlex.join([f"experiment={SCALE}-images", *config["overrides"]]),
+        overrides=shlex.join([f"experiment={SCALE}-{MEDIA[0]}", *config["overrides"]]),
         scores=lambda _, input: f"--scores {input.scores}" if input.scores else "",
         folders=[f"results/{SCALE}", f"data/{SCALE}", f"logs/{SCALE}"],
     message:
@@ -197,4 +199,4 @@ rule report:
 
 rule pretrain:
     input:
-        expand(rules.pretrain_teacher.output, media=["images", "clips"]),
+        expand(rules.pretrain_teacher.output, media=MEDIA),

@@ -4,9 +4,11 @@ rule distill:
         teacher=rules.convert.output,
         shards=gather.synthesize(rules.synthesize.output.shard, allow_missing=True),
         manifests=gather.synthesize(rules.synthesize.output.manifest, allow_missing=True),
-        codec=rules.download_codec.output,
+        codec=stored("codec"),
+        text=texts("dev", "1-of-1"),
     output:
         dcp=directory("<data>/{media}/{method}-{seed}/dcp"),
+        raw=directory("<data>/{media}/{method}-{seed}/raw"),
         metrics="<data>/{media}/{method}-{seed}/metrics.jsonl",
         previews=directory("<data>/{media}/{method}-{seed}/previews"),
     log:
@@ -16,20 +18,22 @@ rule distill:
     priority: 50
     threads: config["nproc"]
     resources:
-        mem_mb=lambda wildcards, threads: 1500 * threads,
-        runtime=120,
+        mem_mb=lambda wildcards, threads: sized(1500, 64000) * threads,
+        runtime=sized(120, 10080),
+        gpu=sized(0, config["nproc"]),
     params:
         cfg=numbers("distill"),
         code=lambda _: code_digest("distill"),
         overrides=overrides("distill"),
         launcher=launcher,
         resume=f"resume/{SCALE}/{{media}}/{{method}}-{{seed}}",
+        text=encoded,
     message:
         "Distil {wildcards.media} by {wildcards.method}, seed {wildcards.seed}; to watch: tail -f {log}"
     shell:
         "{params.launcher} distill {params.overrides} --teacher {input.teacher} --data {input.shards} --codec {input.codec} "
-        "--resume {params.resume} --out {output.dcp} --metrics {output.metrics} --previews {output.previews} "
-        "> {log} 2>&1"
+        "{params.text} --resume {params.resume} --out {output.dcp} --raw {output.raw} --metrics {output.metrics} "
+        "--previews {output.previews} > {log} 2>&1"
 
 
 rule export:
@@ -44,8 +48,8 @@ rule export:
         "<logs>/benchmarks/export/{media}-{method}-{seed}.tsv"
     threads: 1
     resources:
-        mem_mb=800,
-        runtime=30,
+        mem_mb=sized(800, 24000),
+        runtime=sized(30, 240),
     params:
         cfg=numbers("export"),
         code=lambda _: code_digest("export"),

@@ -28,8 +28,8 @@ from rcm.artefact import UserError
 from rcm.tree import config_dir as config_dir
 from rcm.tree import options as options
 
-GROUPS = ("experiment", "objective", "network", "pretrain")
-PIXELS = 48  # sides of a picture: `rcm.data.world.SIZE`, without what that imports
+GROUPS = ("experiment", "objective", "network", "codec", "text", "pretrain")
+PIXELS = 48  # sides of a picture of the tiny world: `rcm.data.world.SIZE`, without what that imports
 
 
 def compose(overrides: Iterable[str] = ()) -> dict[str, Any]:
@@ -38,21 +38,11 @@ def compose(overrides: Iterable[str] = ()) -> dict[str, Any]:
     Returns plain dicts, lists and numbers. Raises UserError with one sentence that names the key, what was given and
     what is allowed.
     """
-    overrides = list(overrides)
-    tree = composed(overrides)
-    if "latents" in tree:  # in the place of the sections that a pipeline needs around training
-        whole = [name for name in options("experiment") if name.endswith(("-images", "-clips"))]
-        chosen = next((word for word in overrides if word.startswith("experiment=")), "this experiment")
-        raise UserError(f"{chosen} holds what `rcm plan` reads and no more; allowed here: {', '.join(whole)}")
+    with _hydra():
+        tree = _composed(list(overrides))
     validate(tree, read_schema(config_dir() / "schema.json"))
     _check_combinations(tree)
     return tree
-
-
-def composed(overrides: Iterable[str]) -> dict[str, Any]:
-    """The tree with Hydra overrides, resolved and not checked; raises UserError where Hydra cannot make it."""
-    with _hydra():
-        return _composed(list(overrides))
 
 
 def _hydra() -> Any:
@@ -112,7 +102,13 @@ def read_schema(path: Path) -> dict[str, Any]:
 
 def validate(value: Mapping[str, Any], schema: Mapping[str, Any]) -> None:
     """Raise UserError for the first thing in `value` that `schema` does not allow."""
-    errors = sorted(_Validator(dict(schema)).iter_errors(value), key=lambda error: list(map(str, error.path)))
+    order = ["", *schema["properties"]]  # a section before those that repeat it
+
+    def place(error: ValidationError) -> tuple[int, list[str]]:
+        path = list(map(str, error.path))
+        return order.index(path[0] if path and path[0] in order else ""), path
+
+    errors = sorted(_Validator(dict(schema)).iter_errors(value), key=place)
     if errors:
         raise UserError(_explained(errors[0]))
 
@@ -194,33 +190,53 @@ def _check_combinations(tree: Mapping[str, Any]) -> None:
         if not fits:
             raise UserError(_sentence(key, reduce(getitem, key.split("."), tree), allowed))
 
+    _check_prompts(tree, require)
     _check_network(tree, require)
     _check_schedule(tree, require)
     _check_objective(tree, require)
-    for key in ("suites.train.weights", "pretrain.weights"):
-        require(any(reduce(getitem, key.split("."), tree).values()), key, "at least one above 0")
-    # the cells of this codec are those of the tiny world, which has no scenes for other words
-    vocabulary = tree["prompts"]["vocabulary"]
-    require(vocabulary == "tiny", "prompts.vocabulary", "tiny, the words of the tiny world that is drawn here")
+
+
+def _check_prompts(tree: Mapping[str, Any], require: Callable[[bool, str, str], None]) -> None:
+    for section, name in ((tree["suites"]["train"], "suites.train"), (tree["pretrain"], "pretrain")):
+        if section is not None and "weights" in section:
+            require(any(section["weights"].values()), f"{name}.weights", "at least one above 0")
+    for name, suite in tree["suites"].items():
+        if "file" in suite:
+            listed = [key for key in tree["checkpoints"] if key.startswith("prompts_")]
+            allowed = f"one of `checkpoints` that holds prompts ({', '.join(listed) or 'none'})"
+            require(suite["file"] in listed, f"suites.{name}.file", allowed)
+    if tree["codec"]["kind"] == "cells":  # those of the tiny world, which has no scenes for other words
+        vocabulary = tree["prompts"]["vocabulary"]
+        require(vocabulary == "tiny", "prompts.vocabulary", "tiny, the words of the tiny world that is drawn here")
+        for key in ("height", "width"):
+            require(tree[key] == PIXELS, key, f"{PIXELS}, the size of the tiny world")
+    if tree["text"]["kind"] != "words":
+        for name in ("text", "tokenizer"):
+            if name not in tree["checkpoints"]:
+                kind = tree["text"]["kind"]
+                raise UserError(f"configuration key 'checkpoints.{name}' is missing; text.kind {kind} needs it")
 
 
 def _check_network(tree: Mapping[str, Any], require: Callable[[bool, str, str], None]) -> None:
-    network, codec, frames = tree["network"], tree["codec"], tree["frames"]
-    require(network["width"] % (2 * network["heads"]) == 0, "network.width", "a multiple of 2 x network.heads")
-    require(network["in_channels"] == codec["channels"], "network.in_channels", "codec.channels")
-    require(network["out_channels"] == codec["channels"], "network.out_channels", "codec.channels")
-    require(network["text_width"] == tree["text"]["width"], "network.text_width", "text.width")
-    stride, cell, patch = codec["stride"], codec["cell"], network["patch"]
+    codec, frames, stride, cell = tree["codec"], tree["frames"], tree["codec"]["stride"], tree["codec"]["cell"]
     fits = frames == 1 if tree["media"] == "images" else frames > 1 and (frames - 1) % stride == 0
     require(fits, "frames", f"1 for images, 1 + a multiple of codec.stride ({stride}) for clips")
-    require(PIXELS % cell == 0, "codec.cell", f"a divisor of the {PIXELS} pixels of a side")
-    latents = [1 + (frames - 1) // stride, PIXELS // cell, PIXELS // cell]
-    fits = all(size % step == 0 for size, step in zip(latents, patch, strict=True))
-    require(fits, "network.patch", f"divisors of the latents {latents} along t, h, w")
-    tokens = [size // step for size, step in zip(latents, patch, strict=True)]
-    if network["kind"] == "wan":
-        fits = all(have >= need for have, need in zip(network["positions"] or tokens, tokens, strict=True))
-        require(fits, "network.positions", f"null, or at least the tokens {tokens} along t, h, w")
+    fits = tree["height"] % cell == 0 and tree["width"] % cell == 0
+    require(fits, "codec.cell", f"a divisor of the {tree['width']} x {tree['height']} pixels of a picture")
+    latents = [1 + (frames - 1) // stride, tree["height"] // cell, tree["width"] // cell]
+    for name in ("network", "synthesizer"):
+        network = tree[name]
+        require(network["width"] % (2 * network["heads"]) == 0, f"{name}.width", f"a multiple of 2 x {name}.heads")
+        require(network["in_channels"] == codec["channels"], f"{name}.in_channels", "codec.channels")
+        require(network["out_channels"] == codec["channels"], f"{name}.out_channels", "codec.channels")
+        require(network["text_width"] == tree["text"]["width"], f"{name}.text_width", "text.width")
+        patch = network["patch"]
+        fits = all(size % step == 0 for size, step in zip(latents, patch, strict=True))
+        require(fits, f"{name}.patch", f"divisors of the latents {latents} along t, h, w")
+        tokens = [size // step for size, step in zip(latents, patch, strict=True)]
+        if network["kind"] == "wan":
+            fits = all(have >= need for have, need in zip(network["positions"] or tokens, tokens, strict=True))
+            require(fits, f"{name}.positions", f"null, or at least the tokens {tokens} along t, h, w")
 
 
 def _check_schedule(tree: Mapping[str, Any], require: Callable[[bool, str, str], None]) -> None:

@@ -4,7 +4,8 @@ A job is one sample: the number of its prompt in the file, and its number among 
 follows from seed and job alone, so that it is the same for every model, whatever part or batch it is drawn in.
 """
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,11 @@ import rcm.codecs
 import rcm.networks
 import rcm.text
 from rcm.artefact import UserError
-from rcm.checkpoints import State, load_dcp, load_into, load_pth, read_export
-from rcm.data import world
+from rcm.checkpoints import load_weights, read_settings
 from rcm.data.shards import part_indices
 from rcm.flow import Wrapped, guided
 from rcm.randomness import normal
-from rcm.sampling import consistency_sample, euler_sample, few_step_times
+from rcm.sampling import consistency_sample, few_step_times, teacher_sample
 
 Job = tuple[int, int]
 
@@ -41,51 +41,92 @@ def noise_of(jobs: Sequence[Job], shape: Sequence[int], *, seed: int, step: int 
 
 def latent_shape(settings: Mapping[str, Any]) -> tuple[int, int, int, int]:
     """(C, T, H, W) of the latents of one sample."""
-    codec, cells = settings["codec"], world.SIZE // settings["codec"]["cell"]
-    return codec["channels"], 1 + (settings["frames"] - 1) // codec["stride"], cells, cells
+    codec = settings["codec"]
+    sides = (settings[name] // codec["cell"] for name in ("height", "width"))
+    return codec["channels"], 1 + (settings["frames"] - 1) // codec["stride"], *sides
 
 
-def network(settings: Mapping[str, Any], state: State, where: Path) -> nn.Module:
-    """The network of a configuration with the weights of a checkpoint, for inference."""
+def device_of(name: str) -> torch.device:
+    """The device that `inference.device` names: cpu, cuda (that of this rank), or auto, cuda where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("inference.device is cuda, but there is no GPU here; allowed on this machine: cpu or auto")
+    return torch.device(name, int(os.environ.get("LOCAL_RANK", "0"))) if name == "cuda" else torch.device(name)
+
+
+def network(settings: Mapping[str, Any], path: Path, *, device: str = "cpu", precision: str = "float32") -> nn.Module:
+    """The network of a configuration with the weights of a checkpoint of any format, for inference.
+
+    In bfloat16 the modules that the network names `precise` stay in float32, as in training.
+    """
     try:
-        built = rcm.networks.build(settings)
+        with torch.device("meta"):
+            built = rcm.networks.build(settings)
     except (TypeError, ValueError) as error:
-        raise UserError(f"the network of {where} cannot be built: {error}") from error
-    load_into(built, state, str(where))
+        raise UserError(f"the network of {path} cannot be built: {error}") from error
+    if precision == "bfloat16":
+        built.bfloat16()
+        for name in built.precise:
+            built.get_submodule(name).float()
+    load_weights(built.to_empty(device=device_of(device)), path)
     return built.eval().requires_grad_(False)
 
 
-def codec(settings: Mapping[str, Any], path: Path) -> Any:
-    """The codec of a configuration with the weights of a `.pth`."""
+def codec(settings: Mapping[str, Any], path: Path, *, device: str = "cpu") -> Any:
+    """The codec of a configuration with the weights of a checkpoint."""
     built = rcm.codecs.build(settings)
-    load_into(built, load_pth(path), str(path))
-    return built.eval().requires_grad_(False)
+    load_weights(built, path)
+    return built.to(device_of(device)).eval().requires_grad_(False)
+
+
+def text_encoder(settings: Mapping[str, Any], embeddings: Path | None) -> Any:
+    """What encodes prompts: texts encoded before, or the encoder itself where that has no weights."""
+    if embeddings is not None:
+        return rcm.text.Embeddings(embeddings)
+    if settings["text"]["kind"] != "words":
+        raise UserError("prompts are encoded before, by `rcm embed`: name its output with --text FILE.safetensors")
+    return rcm.text.build(settings["text"])
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """A rectified-flow teacher, sampled with guidance by Euler steps as the section `teacher` says."""
+    """A rectified-flow teacher, sampled with guidance as `sampler` says, a section `teacher` or `synthesis`."""
 
     network: nn.Module
     encoder: Any
     settings: Mapping[str, Any]
+    sampler: Mapping[str, Any]
 
     @torch.no_grad()
-    def sample(self, text_BLD: Tensor, jobs: Sequence[Job], *, seed: int) -> Tensor:
-        """Latents (B, C, T, H, W) of the jobs."""
-        sampler = dict(self.settings["teacher"])
-        guidance, null_text = sampler.pop("guidance"), self.encoder.encode([""])
+    def sample(
+        self, text_BLD: Tensor, jobs: Sequence[Job], *, seed: int, progress: Callable[..., Any] | None = None
+    ) -> Tensor:
+        """Latents (B, C, T, H, W) of the jobs, on the network's device."""
+        words = ("sampler", "steps", "shift", "sigma_max")
+        device = next(self.network.parameters()).device
+        text = text_BLD.to(device)
+        null_text = self.encoder.encode([self.sampler["negative_prompt"]]).to(device)
         velocity = Wrapped(self.network).rf_velocity
-        return euler_sample(
-            lambda x, r: guided(velocity, x, r, text_BLD, null_text, guidance),
-            noise_of(jobs, latent_shape(self.settings), seed=seed),
-            **sampler,
+        scale, form = self.sampler["guidance"], self.sampler["guidance_form"]
+        return teacher_sample(
+            lambda x, r: guided(velocity, x, r, text, null_text, scale, form),
+            noise_of(jobs, latent_shape(self.settings), seed=seed).to(device),
+            progress=progress,
+            **{word: self.sampler[word] for word in words},
         )
 
 
-def teacher(config: Mapping[str, Any], folder: Path) -> Teacher:
-    """Open a teacher in a DCP folder."""
-    return Teacher(network(config["network"], load_dcp(folder), folder), rcm.text.build(config["text"]), config)
+def teacher(config: Mapping[str, Any], path: Path, text: Path | None = None, *, synthesis: bool = False) -> Teacher:
+    """Open a teacher, as the configuration samples it for the tables or for the training data."""
+    sizes, sampler = ("synthesizer", "synthesis") if synthesis else ("network", "teacher")
+    built = network(config[sizes], path, **placed(config))
+    return Teacher(built, text_encoder(config, text), config, config[sampler])
+
+
+def placed(config: Mapping[str, Any]) -> dict[str, str]:
+    """Where and in which precision `inference` has the network."""
+    return {key: config["inference"][key] for key in ("device", "precision")}
 
 
 @dataclass(frozen=True)
@@ -105,18 +146,22 @@ class Student:
 
     @torch.no_grad()
     def sample(self, text_BLD: Tensor, jobs: Sequence[Job], *, steps: int, seed: int) -> Tensor:
-        """Latents (B, C, T, H, W) of the jobs."""
+        """Latents (B, C, T, H, W) of the jobs, on the network's device."""
         wrapped, shape = Wrapped(self.network), latent_shape(self.settings)
-        noises = [noise_of(jobs, shape, seed=seed, step=k) for k in range(steps)]
-        return consistency_sample(lambda x, t: wrapped.denoise(x, t, text_BLD), self.times(steps), noises)
+        device = next(self.network.parameters()).device
+        text = text_BLD.to(device)
+        noises = [noise_of(jobs, shape, seed=seed, step=k).to(device) for k in range(steps)]
+        return consistency_sample(lambda x, t: wrapped.denoise(x, t, text), self.times(steps), noises)
 
 
-EXPORTED = ("media", "frames", "network", "codec", "text", "sampler")  # sections that an export carries
+# sections that an export carries
+EXPORTED = ("media", "frames", "height", "width", "network", "codec", "text", "sampler")
 
 
-def student(path: Path) -> Student:
+def student(path: Path, text: Path | None = None, *, device: str = "cpu", precision: str = "float32") -> Student:
     """Open an exported student."""
-    state, settings = read_export(path)
+    settings = read_settings(path)
     if lacking := [key for key in EXPORTED if key not in settings]:
         raise UserError(f"{path} does not say its {', '.join(lacking)}; export the student again with `rcm export`")
-    return Student(network(settings["network"], state, path), rcm.text.build(settings["text"]), settings)
+    built = network(settings["network"], path, device=device, precision=precision)
+    return Student(built, text_encoder(settings, text), settings)

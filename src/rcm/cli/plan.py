@@ -7,43 +7,18 @@ from dataclasses import asdict
 from typing import Any
 
 from rcm.artefact import UserError, write_json
-from rcm.cli.config import composed, config_dir, read_schema, validate
+from rcm.cli.config import compose
 from rcm.cli.models import latent_shape
 from rcm.training.plan import KEYS, Cluster, Job, Proposal, fitting, gib
 from rcm.training.plan_cost import Step
 from rcm.training.plan_memory import CATEGORIES
 from rcm.training.settings import Settings
 
-SECTIONS = ("seed", "network", "objective", "distillation", "parallel", "sampler")  # what training reads, as elsewhere
-LATENTS = {"type": "array", "minItems": 4, "maxItems": 4, "items": {"type": "integer", "minimum": 1}}
-COUNT = {"type": "integer", "minimum": 1}
-
 
 def read(overrides: Iterable[str]) -> Job:
-    """The job that a configuration describes, of which the sections that training reads are enough.
-
-    Those of codec and text encoder are in their place where there are any, or else `latents` and the text's sizes.
-    """
-    tree = composed(overrides)
-    schema = read_schema(config_dir() / "schema.json")
-    parts = {key: schema["properties"][key] for key in SECTIONS}
-    if "latents" in tree:
-        text = {"type": "object", "required": ["tokens", "width"], "properties": {"tokens": COUNT, "width": COUNT}}
-        parts |= {"latents": LATENTS, "text": {**text, "additionalProperties": False}}
-    else:
-        parts |= {key: schema["properties"][key] for key in ("frames", "codec", "text")}
-    chosen = {key: tree[key] for key in parts if key in tree}
-    validate(chosen, {**schema, "properties": parts, "required": list(parts)})
-    latents = tree.get("latents") or list(latent_shape(tree))
-    network = tree["network"]
-    for key, value in (("in_channels", latents[0]), ("text_width", tree["text"]["width"])):
-        if network[key] != value:
-            raise UserError(
-                f"configuration key 'network.{key}' is {network[key]}; allowed: {value}, as the inputs have it"
-            )
-    if any(n % p for n, p in zip(latents[1:], network["patch"], strict=True)):
-        raise UserError(f"configuration key 'network.patch' is {network['patch']}; allowed: divisors of {latents[1:]}")
-    return Job(Settings.of(tree), network, tuple(latents), tree["text"]["tokens"], tree["parallel"])
+    """The job that a configuration describes."""
+    tree = compose(overrides)
+    return Job(Settings.of(tree), tree["network"], latent_shape(tree), tree["text"]["tokens"], tree["parallel"])
 
 
 def plan(arguments: Namespace) -> None:

@@ -14,19 +14,21 @@ def precision(arguments: Namespace) -> None:
     """Measure the rounding errors of a student or of the teacher, on samples of the teacher that noise is added to."""
     config = compose(arguments.overrides)
     settings, seed = config["evaluation"]["precision"], config["suites"][config["suite"]]["seed"]
-    numbers = {key: config[key] for key in ("frames", "network", "codec", "text", "teacher")} | {"precision": settings}
+    sections = ("frames", "height", "width", "network", "codec", "text", "teacher")
+    numbers = {key: config[key] for key in sections} | {"precision": settings}
     inputs = [arguments.checkpoint, arguments.teacher, arguments.prompts]
     with recording(arguments.out, stage="precision", inputs=inputs, config=numbers, seed=seed):
-        guide = teacher(config, arguments.teacher)
+        guide = teacher(config, arguments.teacher, arguments.text)
         of_teacher = arguments.checkpoint.is_dir()
-        measured = teacher(config, arguments.checkpoint) if of_teacher else student(arguments.checkpoint)
+        path, text = arguments.checkpoint, arguments.text
+        measured = teacher(config, path, text) if of_teacher else student(path, text)
         shape, made = latent_shape(config), latent_shape(measured.settings)
         if made != shape:
             raise UserError(f"{arguments.checkpoint} makes latents of shape {made}, but the experiment {shape}")
         captions = [caption["prompt"] for caption in read_prompts(arguments.prompts)]
         apart = max(1, len(captions) // settings["samples"])  # so that every task has its share
         jobs = [(prompt, 0) for prompt in range(0, len(captions), apart)][: settings["samples"]]
-        text = guide.encoder.encode([captions[prompt] for prompt, _ in jobs])
+        encoded = guide.encoder.encode([captions[prompt] for prompt, _ in jobs])
         times = middles(settings["times"])
         with Progress("precision", len(times), "times") as progress:
             errors = rounding_errors(
@@ -34,8 +36,8 @@ def precision(arguments: Namespace) -> None:
                 guide.network,
                 guide.sample(text, jobs, seed=seed),
                 noise_of(jobs, shape, seed=seed, step=1),
-                text,
-                guide.encoder.encode([""]),
+                encoded,
+                guide.encoder.encode([config["teacher"]["negative_prompt"]]),
                 guidance=config["teacher"]["guidance"],
                 times=times,
                 advance=progress.advance,

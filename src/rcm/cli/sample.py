@@ -13,8 +13,8 @@ from torch import Tensor
 
 from rcm.artefact import UserError, atomic_folder, recording
 from rcm.cli.config import compose
-from rcm.cli.models import Job, Student, Teacher, codec, jobs_of, student, teacher
-from rcm.cli.pictures import png
+from rcm.cli.models import Job, Student, Teacher, codec, jobs_of, placed, student, teacher
+from rcm.cli.pictures import encode
 from rcm.cli.progress import Progress
 from rcm.codecs import from_pixels, to_pixels
 from rcm.data import world
@@ -26,12 +26,14 @@ Maker = Callable[[Sequence[Job]], np.ndarray]  # jobs -> frames, uint8 (B, T, H,
 def sample(arguments: Namespace) -> None:
     """Sample every prompt of one part as often as the suite says."""
     config = compose(arguments.overrides)
-    suite, batch = config["suites"][config["suite"]], config["evaluation"]["batch"]
+    suite, batch = config["suites"][config["suite"]], config["inference"]["batch"]
     of_teacher = arguments.checkpoint is not None and arguments.checkpoint.is_dir()
-    numbers = {key: config[key] for key in ("frames", "codec", *(("network", "text", "teacher") if of_teacher else ()))}
+    sections = ("frames", "height", "width", "codec", *(("network", "text", "teacher") if of_teacher else ()))
+    numbers = {key: config[key] for key in sections}
     numbers |= {"samples": suite["samples"], "steps": arguments.steps, "part": arguments.part}
     numbers |= {"control": arguments.control}
-    inputs = [path for path in (arguments.checkpoint, arguments.codec, arguments.prompts) if path is not None]
+    given = (arguments.checkpoint, arguments.codec, arguments.prompts, arguments.text)
+    inputs = [path for path in given if path is not None]
     with recording(arguments.out, stage="sample", inputs=inputs, config=numbers, seed=suite["seed"]) as facts:
         captions = read_prompts(arguments.prompts)
         make = _maker(arguments, config, captions, suite["seed"])
@@ -44,18 +46,18 @@ def sample(arguments: Namespace) -> None:
                 made = make(chosen)
                 seconds += time.perf_counter() - began
                 for job, frames in zip(chosen, made, strict=True):
-                    _write(folder, job, captions[job[0]], frames)
+                    _write(folder, job, captions[job[0]], frames, config["inference"]["format"])
                 progress.advance(len(chosen))
         facts |= {"samples": len(jobs), "sampling_seconds": round(seconds, 3)}
 
 
-def _write(folder: Path, job: Job, caption: Metadata, frames_THWC: np.ndarray) -> None:
+def _write(folder: Path, job: Job, caption: Metadata, frames_THWC: np.ndarray, suffix: str) -> None:
     """Write one sample as `00012/samples/0003.png`, beside it the caption as GenEval's evaluator expects it."""
     of_prompt = folder / f"{job[0]:05d}"
     (of_prompt / "samples").mkdir(parents=True, exist_ok=True)
     if job[1] == 0:
         (of_prompt / "metadata.jsonl").write_text(json.dumps(caption) + "\n", encoding="utf-8")
-    (of_prompt / "samples" / f"{job[1]:04d}.png").write_bytes(png(frames_THWC))
+    (of_prompt / "samples" / f"{job[1]:04d}.{suffix}").write_bytes(encode(frames_THWC, f".{suffix}"))
 
 
 def _maker(arguments: Namespace, config: Mapping[str, Any], captions: Sequence[Metadata], seed: int) -> Maker:
@@ -64,26 +66,30 @@ def _maker(arguments: Namespace, config: Mapping[str, Any], captions: Sequence[M
         return lambda jobs: _truth(captions, jobs, config["frames"], seed)
     if arguments.control == "shuffled":
         return lambda jobs: _truth(captions, _shuffled(captions, jobs, seed), config["frames"], seed)
-    decoder = codec(config["codec"], arguments.codec)
+    decoder = codec(config["codec"], arguments.codec, device=config["inference"]["device"])
     if arguments.control == "codec":
         return lambda jobs: _decoded(
             decoder, decoder.encode(from_pixels(_truth(captions, jobs, config["frames"], seed)))
         )
     if arguments.checkpoint.is_dir():
-        model = teacher(config, arguments.checkpoint)
+        model = teacher(config, arguments.checkpoint, arguments.text)
         if arguments.steps != config["teacher"]["steps"]:
             raise UserError(f"--steps is {arguments.steps}, but the teacher takes {config['teacher']['steps']} steps")
         return lambda jobs: _decoded(decoder, model.sample(_text(model, captions, jobs), jobs, seed=seed))
-    few = student(arguments.checkpoint)
-    if few.settings["frames"] != config["frames"]:
-        made = few.settings["frames"]
-        raise UserError(f"{arguments.checkpoint} makes {made} frames a sample, but the experiment {config['frames']}")
+    few = student(arguments.checkpoint, arguments.text, **placed(config))
+    made, here = ({key: settings[key] for key in ("frames", "height", "width")} for settings in (few.settings, config))
+    if made != here:
+        raise UserError(f"{arguments.checkpoint} makes samples of {_size(made)}, but the experiment of {_size(here)}")
     if few.settings["codec"] != config["codec"]:
         made, here = (json.dumps(settings["codec"]) for settings in (few.settings, config))
         raise UserError(f"{arguments.checkpoint} was made for the codec {made}, but the experiment has {here}")
     few.times(arguments.steps)  # before any work is done
     steps = arguments.steps
     return lambda jobs: _decoded(decoder, few.sample(_text(few, captions, jobs), jobs, steps=steps, seed=seed))
+
+
+def _size(settings: Mapping[str, int]) -> str:
+    return f"{settings['frames']} frames of {settings['width']} x {settings['height']} pixels"
 
 
 def _text(model: Student | Teacher, captions: Sequence[Metadata], jobs: Sequence[Job]) -> Tensor:

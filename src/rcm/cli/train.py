@@ -18,7 +18,7 @@ import rcm.text
 from rcm.artefact import UserError, atomic_file, atomic_folder, beside, content_sha256, recording
 from rcm.checkpoints import load_into, load_pth, save_dcp, save_pth
 from rcm.cli.config import compose
-from rcm.cli.models import codec, jobs_of, latent_shape, noise_of
+from rcm.cli.models import codec, jobs_of, latent_shape, noise_of, text_encoder
 from rcm.cli.networks import open_networks
 from rcm.cli.pictures import grid, png
 from rcm.cli.progress import Progress
@@ -33,8 +33,6 @@ from rcm.training.settings import Parallel, Settings
 from rcm.training.signals import caught_signals
 from rcm.training.state import remove_states
 
-PREVIEW_COLUMNS = 6  # samples of each prompt in a preview
-
 
 def pretrain(arguments: Namespace) -> None:
     """Train a teacher on scenes of the tiny world, from where an earlier call was stopped."""
@@ -42,6 +40,8 @@ def pretrain(arguments: Namespace) -> None:
     from rcm.training.pretrain import pretrain as train
 
     config = compose(arguments.overrides)
+    if config["pretrain"] is None:
+        raise UserError("this experiment has an official teacher: fetch it with `rcm download --name transformer`")
     numbers = {key: config[key] for key in ("media", "frames", "network", "codec", "text", "prompts", "pretrain")}
     inputs = [arguments.codec] if arguments.codec is not None else []
     outputs, seed = (arguments.out, arguments.codec_out), config["pretrain"]["seed"]
@@ -89,7 +89,8 @@ def distill(arguments: Namespace) -> None:
         numbers["parallel"] = {"precision": parallel.precision}
         inputs = dict.fromkeys([arguments.teacher, *arguments.data], "")  # hashed once, by all ranks together
         # metrics hold times, so they have no identity
-        outputs, seed = (arguments.out, arguments.previews), config["seed"]
+        outputs = [path for path in (arguments.out, arguments.raw, arguments.previews) if path is not None]
+        seed = config["seed"]
         main = mesh.is_main  # what is written and shown is rank 0's
         noted = recording(*outputs, stage="distill", inputs=inputs, config=numbers, seed=seed) if main else None
         facts = stack.enter_context(noted) if noted else {}
@@ -101,6 +102,7 @@ def distill(arguments: Namespace) -> None:
         teacher = content_sha256(arguments.teacher)
         inputs |= {arguments.teacher: teacher, **dict(zip(arguments.data, data.sha256, strict=True))}
         made_of = {"teacher": teacher, "data": [*data.sha256], "code": code_digest("distill")}
+        encoder = text_encoder(config, arguments.text)
         networks = open_networks(config, arguments.teacher, mesh)
         iterations = settings.schedule.iterations
         progress = stack.enter_context(Progress("distill", iterations, "iterations")) if main else None
@@ -108,12 +110,13 @@ def distill(arguments: Namespace) -> None:
             {**config, "inputs": made_of},
             **networks._asdict(),
             data=data,
-            null_text=rcm.text.build(config["text"]).encode([""]),
+            null_text=encoder.encode([config["teacher"]["negative_prompt"]]),
             resume_dir=arguments.resume,
             metrics_path=arguments.metrics,
             mesh=mesh,
             caught=caught,
-            preview=_previewer(config, arguments.codec, arguments.resume / "previews", mesh),
+            preview=_previewer(config, encoder, arguments.codec, arguments.resume / "previews", mesh),
+            raw=lambda: save_dcp(arguments.raw, networks.student.state_dict(), mesh) if arguments.raw else None,
             advance=progress.advance if progress else None,
         )
         if main:
@@ -135,29 +138,38 @@ def _copy_folder(source: Path, out: Path) -> None:
             shutil.copyfile(path, folder / path.name)
 
 
-def _previewer(config: Mapping[str, Any], codec_path: Path, folder: Path, mesh: Mesh) -> Preview:
-    """What draws a grid of samples during training: a row a task of GenEval, always the same noise.
+def _previewer(config: Mapping[str, Any], encoder: Any, codec_path: Path, folder: Path, mesh: Mesh) -> Preview | None:
+    """What draws a grid of samples during training: a row a prompt of the suite `dev`, always the same noise.
 
-    Every rank computes it, as the network is shared over them; rank 0 writes.
+    The prompts are those that were encoded before, or else one of each task of GenEval. Every rank computes it, as the
+    network is shared over them; rank 0 writes.
     """
-    from rcm.data.prompts import VOCABULARIES, evaluation_suite
-
-    common, sampler, seed = config["prompts"], config["sampler"], config["suites"]["dev"]["seed"]
-    captions = evaluation_suite(
-        VOCABULARIES[common["vocabulary"]], seed=seed, per_task=1, media=config["media"], still=common["still"]
-    )
-    jobs = jobs_of("1-of-1", len(captions), PREVIEW_COLUMNS)
-    prompts = [captions[prompt]["prompt"] for prompt, _ in jobs]
-    text_BLD = rcm.text.build(config["text"]).encode(prompts).to(mesh.device)
+    if config["distillation"]["preview_every"] == 0:
+        return None
+    sampler, suite, shape = config["sampler"], config["suites"]["dev"], latent_shape(config)
+    prompts = encoder.prompts if isinstance(encoder, rcm.text.Embeddings) else _tasks(config)
+    jobs = jobs_of("1-of-1", len(prompts), suite["samples"])
+    text_BLD = encoder.encode([prompts[prompt] for prompt, _ in jobs]).to(mesh.device)
     times = few_step_times(**sampler, steps=1 + len(sampler["mid_times"]))
-    noises = [noise_of(jobs, latent_shape(config), seed=seed, step=k).to(mesh.device) for k in range(len(times))]
-    decoder = codec(config["codec"], codec_path)
+    noises = [noise_of(jobs, shape, seed=suite["seed"], step=k).to(mesh.device) for k in range(len(times))]
+    decoder = codec(config["codec"], codec_path, device=mesh.device.type)
 
     def preview(update: int, denoise: Callable[..., Tensor]) -> None:
-        latents = consistency_sample(lambda x, t: denoise(x, t, text_BLD), times, noises).cpu()
+        latents = consistency_sample(lambda x, t: denoise(x, t, text_BLD), times, noises)
         if mesh.is_main:
-            frames: np.ndarray = to_pixels(decoder.decode(latents))
+            frames = np.concatenate([to_pixels(decoder.decode(latent[None])) for latent in latents])
             with atomic_file(folder / f"{update:06d}.png") as path:
-                path.write_bytes(png(grid(frames.reshape(len(captions), PREVIEW_COLUMNS, *frames.shape[1:]))))
+                path.write_bytes(png(grid(frames.reshape(len(prompts), suite["samples"], *frames.shape[1:]))))
 
     return preview
+
+
+def _tasks(config: Mapping[str, Any]) -> list[str]:
+    """A prompt of each task of GenEval."""
+    from rcm.data.prompts import VOCABULARIES, evaluation_suite
+
+    common, seed = config["prompts"], config["suites"]["dev"]["seed"]
+    drawn = evaluation_suite(
+        VOCABULARIES[common["vocabulary"]], seed=seed, per_task=1, media=config["media"], still=common["still"]
+    )
+    return [item["prompt"] for item in drawn]

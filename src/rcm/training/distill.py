@@ -47,6 +47,7 @@ def distill(
     mesh: Mesh,
     caught: Caught | None = None,
     preview: Preview | None = None,
+    raw: Callable[[], None] | None = None,
     advance: Callable[[int, str], None] | None = None,
 ) -> None:
     """Train `student`, which carries the averaged weights on return; continues the run in `resume_dir`, if any.
@@ -60,6 +61,7 @@ def distill(
     metrics_path  JSON lines, one an iteration, written when the run is complete (until then in `resume_dir`)
     caught      where the caller catches signals (`caught_signals`): from the first iteration on they are only noted
     preview     called on every rank each `preview_every` student updates
+    raw         called on every rank at the end, while the student still has its last weights
     advance     called with (iterations done, note) for a progress bar
 
     Every rank calls this; rank 0 writes. The state stays in `resume_dir`; `remove_states` drops it once the result is
@@ -124,6 +126,8 @@ def distill(
     if mesh.is_main:
         with atomic_file(metrics_path) as path:
             shutil.copyfile(resume_dir / "metrics.jsonl", path)
+    if raw is not None:
+        raw()
     run.ema.copy_to_network()
 
 
