@@ -11,7 +11,7 @@ from rcm.artefact import UserError
 
 @dataclass(frozen=True)
 class Option:
-    """One option of a stage; `repeat` takes one or more values."""
+    """One option of a stage; `repeat` takes one or more values, kind `bool` none: it is a switch."""
 
     name: str
     help: str
@@ -79,8 +79,15 @@ EXPERIMENT = "experiment=tiny-images|tiny-clips"
 STAGES: dict[str, Stage] = {
     "prompts": Stage(
         "rcm.cli.data:prompts",
-        "Write a suite of prompts with the facts that each caption states (GenEval's JSON lines).",
-        (Option("--out", "the prompts, FILE.jsonl"),),
+        "Write a suite of prompts as JSON lines: captions with the facts they state (as GenEval's), or those of a file.",
+        (
+            Option(
+                "--source",
+                "a prompt file in the place of drawn captions: .txt (one a line), .jsonl or .csv (`prompt`, `name`)",
+                required=False,
+            ),
+            Option("--out", "the prompts, FILE.jsonl"),
+        ),
         "rcm prompts experiment=tiny-images suite=report --out data/tiny/images/prompts/report.jsonl",
         overrides=f"{EXPERIMENT}  suite=train|dev|report|diversity",
     ),
@@ -113,18 +120,80 @@ STAGES: dict[str, Stage] = {
         "rcm convert --checkpoint data/tiny/images/checkpoints/transformer.pth --out data/tiny/images/teacher",
         overrides=EXPERIMENT,
     ),
+    "embed": Stage(
+        "rcm.cli.embed:embed",
+        "Encode prompts, the empty and the negative ones included, so that no other stage needs the text encoder.",
+        (
+            Option("--prompts", "the prompts, FILE.jsonl"),
+            Option("--part", "which part of the prompts, such as 1-of-4; otherwise all", part, required=False),
+            Option("--encoder", "the weights of the text encoder, a checkpoint, where it has any", required=False),
+            Option("--tokenizer", "folder of its tokenizer.json, where it has weights", required=False),
+            Option("--out", "the embeddings, FILE.safetensors"),
+        ),
+        "rcm embed experiment=wan2.1-1.3b-clips --prompts data/wan/prompts/train.jsonl "
+        "--encoder data/wan/checkpoints/models_t5_umt5-xxl-enc-bf16.pth --tokenizer data/wan/checkpoints/umt5-xxl "
+        "--out data/wan/text/train.safetensors",
+        overrides="experiment=NAME  inference.device=cpu|cuda|auto  inference.precision=float32|bfloat16",
+    ),
     "synthesize": Stage(
         "rcm.cli.data:synthesize",
-        "Let the teacher sample latents for one shard of the training prompts.",
+        "Let the teacher sample latents for one shard of the training prompts; one that was killed goes on where it was.",
         (
             Option("--teacher", "the teacher, a DCP folder"),
             Option("--prompts", "the training prompts, FILE.jsonl"),
+            Option("--text", "the same, encoded by `rcm embed`, FILE.safetensors", required=False),
             Option("--shard", "which part of the prompts, such as 1-of-4", part),
             Option("--out", "the shard, FILE.tar; its manifest is written beside it as FILE.tar.json"),
         ),
         "rcm synthesize --teacher data/tiny/images/teacher --prompts data/tiny/images/prompts/train.jsonl "
         "--shard 1-of-4 --out data/tiny/images/shards/1-of-4.tar",
-        overrides=f"{EXPERIMENT}  suites.train.seed=N",
+        overrides=f"{EXPERIMENT}  suites.train.seed=N  synthesis.guidance=S  inference.batch=N",
+    ),
+    "adopt": Stage(
+        "rcm.cli.shards:adopt",
+        "Make shards of the published data set's tars (.latent.pt, .embed.pt, .prompt.txt), or of such of your own.",
+        (
+            Option("--data", "the tars of the data set, FILE.tar ...", repeat=True),
+            Option("--name", "what the data set is called; otherwise as the folder of the tars", str, required=False),
+            Option("--seed", "seed of its first sample", natural, required=False, default=0),
+            Option("--shard", "which part of the tars, such as 1-of-4", part, required=False, default="1-of-1"),
+            Option("--out-dir", "the folder of the shards, one a tar, with their manifests"),
+        ),
+        "rcm adopt --data wan/Wan2.1_14B_480p_16:9_Euler-step100_shift-3.0_cfg-5.0_seed-0_250K/shard_*.tar "
+        "--out-dir data/wan2.1-1.3b/clips/shards",
+    ),
+    "verify": Stage(
+        "rcm.cli.shards:verify",
+        "Check all shards of a set against their manifests, and say what they hold and where they are from.",
+        (
+            Option("--data", "the shards, FILE.tar ...", repeat=True),
+            Option("--samples", "also each sample: its hash, and numbers that cannot be latents", bool, required=False),
+        ),
+        "rcm verify --data data/tiny/images/shards/*.tar --samples",
+    ),
+    "merge": Stage(
+        "rcm.cli.shards:merge",
+        "Make one set of shards of several, or cut a set into another number of shards.",
+        (
+            Option("--data", "the shards, FILE.tar ...", repeat=True),
+            Option("--shards", "how many shards the new set has", natural),
+            Option("--mixed", "also where their origins differ, which the manifests then list", bool, required=False),
+            Option("--renumber", "also where samples are missing, numbering the others anew", bool, required=False),
+            Option("--out-dir", "the folder of the new shards; must be empty"),
+        ),
+        "rcm merge --data data/one/*.tar data/two/*.tar --mixed --shards 4 --out-dir data/both",
+    ),
+    "contact-sheet": Stage(
+        "rcm.cli.shards:contact_sheet",
+        "Show samples of shards: a frame at the beginning and one in the middle, with prompt and seed.",
+        (
+            Option("--data", "the shards, or some of them, FILE.tar ...", repeat=True),
+            Option("--codec", "the codec that decodes them, FILE.pth"),
+            Option("--count", "how many samples, evenly spread", natural, required=False, default=24),
+            Option("--out", "the sheet, FILE.png, or FILE.html with the whole prompts"),
+        ),
+        "rcm contact-sheet --data data/tiny/images/shards/*.tar --codec data/tiny/checkpoints/codec.pth --out sheet.png",
+        overrides="experiment=NAME  inference.device=cpu|cuda|auto",
     ),
     "plan": Stage(
         "rcm.cli.plan:plan",
@@ -140,7 +209,7 @@ STAGES: dict[str, Stage] = {
             Option("--count", "how many settings are listed", natural, False, 8),
             Option("--json", "all of them with their details, FILE.json", required=False),
         ),
-        "rcm plan experiment=wan2.1-14b-paper --gpus 32 --memory 80GiB",
+        "rcm plan experiment=wan2.1-14b-clips --gpus 32 --memory 80GiB",
         overrides="experiment=NAME  objective=NAME  parallel.KEY=VALUE (taken as given, the others are proposed)",
     ),
     "distill": Stage(
@@ -151,7 +220,9 @@ STAGES: dict[str, Stage] = {
             Option("--data", "the shards of latents, FILE.tar ...", repeat=True),
             Option("--codec", "the codec that decodes the previews, FILE.pth"),
             Option("--resume", "folder of the unfinished state"),
-            Option("--out", "the student, a DCP folder"),
+            Option("--text", "the prompts of the previews, encoded by `rcm embed`, FILE.safetensors", required=False),
+            Option("--out", "the student, averaged over the training, a DCP folder"),
+            Option("--raw", "the student as the last step left it, a DCP folder", required=False),
             Option("--metrics", "one line a step, FILE.jsonl"),
             Option("--previews", "folder of sample grids, made during training (until its end under --resume)"),
         ),
@@ -181,6 +252,7 @@ STAGES: dict[str, Stage] = {
             ),
             Option("--codec", "the codec, FILE.pth"),
             Option("--prompts", "the prompts, FILE.jsonl"),
+            Option("--text", "the same, encoded by `rcm embed`, FILE.safetensors", required=False),
             Option("--steps", "sampling steps; of a student 1 or more, ignored for controls", natural),
             Option("--part", "which part of the prompts, such as 1-of-2", part),
             Option("--out", "the folder of samples, in GenEval's layout"),
@@ -210,6 +282,7 @@ STAGES: dict[str, Stage] = {
             Option("--checkpoint", "a student (FILE.safetensors) or the teacher (DCP folder)"),
             Option("--teacher", "the teacher, a DCP folder, whose samples and directions are used"),
             Option("--prompts", "the prompts, FILE.jsonl"),
+            Option("--text", "the same, encoded by `rcm embed`, FILE.safetensors", required=False),
             Option("--out", "the errors at each time, MODEL.json such as rcm-0.json"),
         ),
         "rcm precision suite=dev --checkpoint student/student.safetensors --teacher data/tiny/images/teacher "
@@ -334,6 +407,9 @@ def build(name: str) -> argparse.ArgumentParser:
     group = parser.add_mutually_exclusive_group(required=True) if stage.exclusive else None
     for option in stage.options:
         target = group if group is not None and option.name in stage.exclusive else parser
+        if option.kind is bool:
+            target.add_argument(option.name, action="store_true", help=option.help)
+            continue
         target.add_argument(
             option.name,
             type=option.kind,
