@@ -1,9 +1,11 @@
 """A sample as three members of a tar, as webdataset has them, and as tensors.
 
-`KEY.json` (prompt, index, seed), `KEY.latents.npy` (C, T, H, W) and `KEY.text.npy` (words, D), both float32, follow one
-another, so that a sample can be read from the byte where it begins.
+`KEY.json` (prompt, index, seed), the latents (C, T, H, W) and the text (words, D) follow one another, so that a sample
+can be read from the byte where it begins. Tensors keep their bits: float32 and float16 as `.npy`, and bfloat16, which
+that format does not have, as `.safetensors`.
 """
 
+import hashlib
 import io
 import json
 import math
@@ -16,16 +18,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
 from rcm.artefact import UserError, reason
 
-_SUFFIXES = ("json", "latents.npy", "text.npy")
+_NPY = {np.dtype("<f4"): torch.float32, np.dtype("<f2"): torch.float16}
+_SAFETENSORS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_HEADER = 4096  # bytes at most of a .safetensors with one tensor
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One latent of the teacher; `index` is global over all shards, `seed` that of its noise."""
+    """One latent of the teacher; `index` is global over all shards, its noise follows from `seed` (and the index)."""
 
     index: int
     prompt: str
@@ -48,23 +53,68 @@ class Entry:
     shapes: tuple[tuple[int, ...], int]
 
 
-def write_sample(tar: tarfile.TarFile, sample: Sample) -> None:
-    """Append a sample; zero rows at the end of its text are padding and not stored. Equal samples give equal bytes."""
-    facts = {"prompt": sample.prompt, "index": sample.index, "seed": sample.seed}
+# --- Writing -------------------------------------------------------------------------------------------------------
+
+
+def stored(sample: Sample) -> Sample:
+    """A sample as it is stored: zero rows at the end of its text are padding, other types become float32."""
     used = sample.text_LD.ne(0).any(dim=1).nonzero()
     text_LD = sample.text_LD[: int(used[-1]) + 1] if len(used) else sample.text_LD[:0]
-    contents = json.dumps(facts, sort_keys=True).encode(), _npy(sample.latents_CTHW), _npy(text_LD)
-    for suffix, content in zip(_SUFFIXES, contents, strict=True):
-        member = tarfile.TarInfo(f"{sample.index:08d}.{suffix}")  # owner 0, time 0
-        member.size = len(content)
-        member.mode = 0o644
-        tar.addfile(member, io.BytesIO(content))
+    return Sample(sample.index, sample.prompt, sample.seed, _plain(sample.latents_CTHW), _plain(text_LD))
 
 
-def _npy(tensor: Tensor) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, np.ascontiguousarray(tensor.detach().cpu().float().numpy()), allow_pickle=False)
-    return buffer.getvalue()
+def _plain(tensor: Tensor) -> Tensor:
+    known = tensor.dtype in _SAFETENSORS.values()
+    return tensor.detach().cpu().to(tensor.dtype if known else torch.float32).contiguous()
+
+
+def write_sample(tar: tarfile.TarFile, sample: Sample) -> dict[str, Any]:
+    """Append a sample, as `stored` has it; equal samples give equal bytes. Returns its line of the manifest."""
+    sample = stored(sample)
+    facts = {"prompt": sample.prompt, "index": sample.index, "seed": sample.seed}
+    _write(tar, f"{sample.index:08d}.json", json.dumps(facts, sort_keys=True).encode())
+    for name, tensor in (("latents", sample.latents_CTHW), ("text", sample.text_LD)):
+        if tensor.dtype == torch.bfloat16:
+            _write(tar, f"{sample.index:08d}.{name}.safetensors", save({name: tensor}))
+        else:
+            buffer = io.BytesIO()
+            np.save(buffer, tensor.numpy(), allow_pickle=False)
+            _write(tar, f"{sample.index:08d}.{name}.npy", buffer.getvalue())
+    return {"index": sample.index, "seed": sample.seed, "sha256": sample_sha256(sample)}
+
+
+def _write(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)  # owner 0, time 0
+    member.size = len(content)
+    member.mode = 0o644
+    tar.addfile(member, io.BytesIO(content))
+
+
+def sample_sha256(sample: Sample) -> str:
+    """SHA-256 of what a stored sample shows: prompt, latents and text; not of its index or seed."""
+    digest = hashlib.sha256(json.dumps(sample.prompt).encode())
+    for tensor in (sample.latents_CTHW, sample.text_LD):
+        digest.update(str((str(tensor.dtype), tuple(tensor.shape))).encode())
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def fault(sample: Sample) -> str | None:
+    """What no latents or texts are: numbers that are not finite, latents that are one number everywhere; or None."""
+    for name, tensor in (("latents", sample.latents_CTHW), ("text", sample.text_LD)):
+        if not tensor.isfinite().all():
+            return f"its {name} hold NaN" if tensor.isnan().any() else f"its {name} are infinite"
+    if sample.latents_CTHW.numel() > 1 and (sample.latents_CTHW == sample.latents_CTHW.flatten()[0]).all():
+        return "its latents are the same number everywhere"
+    return None
+
+
+# --- Reading -------------------------------------------------------------------------------------------------------
 
 
 def read_sample(tar: tarfile.TarFile) -> Sample:
@@ -74,14 +124,14 @@ def read_sample(tar: tarfile.TarFile) -> Sample:
         raise EOFError("the tar ends")
     facts, latents, text = members
     known = _facts(tar, facts)
-    return Sample(known["index"], known["prompt"], known["seed"], _array(tar, latents, 4), _array(tar, text, 2))
+    return Sample(known["index"], known["prompt"], known["seed"], _tensor(tar, latents, 4), _tensor(tar, text, 2))
 
 
 def entries(tar: tarfile.TarFile) -> Iterator[Entry]:
-    """All samples of a tar, of whose arrays only the headers are read."""
+    """All samples of a tar, of whose tensors only the headers are read."""
     while (members := _next_members(tar)) is not None:
         facts, latents, text = members
-        shapes = _shape(_open(tar, latents), latents.size, 4), _shape(_open(tar, text), text.size, 2)[1]
+        shapes = _header(_open(tar, latents), latents, 4)[0], _header(_open(tar, text), text, 2)[0][1]
         yield Entry(_facts(tar, facts)["index"], facts.offset, shapes)
 
 
@@ -95,12 +145,13 @@ def naming(what: str) -> Iterator[None]:
 
 
 def _next_members(tar: tarfile.TarFile) -> list[tarfile.TarInfo] | None:
-    members = [member for _ in _SUFFIXES if (member := tar.next()) is not None]
+    members = [member for _ in range(3) if (member := tar.next()) is not None]
     if not members:
         return None
     names = [member.name for member in members]
     key = names[0].partition(".")[0]
-    if names != [f"{key}.{suffix}" for suffix in _SUFFIXES]:
+    stems = [name.removesuffix(".npy").removesuffix(".safetensors") for name in names]
+    if stems != [f"{key}.json", f"{key}.latents", f"{key}.text"]:
         raise ValueError(f"{', '.join(names)} are not the members of a sample")
     return members
 
@@ -119,22 +170,40 @@ def _facts(tar: tarfile.TarFile, member: tarfile.TarInfo) -> dict[str, Any]:
     return {"index": facts["index"], "prompt": facts["prompt"], "seed": facts["seed"]}
 
 
-def _array(tar: tarfile.TarFile, member: tarfile.TarInfo, dimensions: int) -> Tensor:
+def _tensor(tar: tarfile.TarFile, member: tarfile.TarInfo, dimensions: int) -> Tensor:
     file = _open(tar, member)
-    shape = _shape(file, member.size, dimensions)
-    array = np.empty(shape, np.float32)
-    if file.readinto(array.reshape(-1).view(np.uint8).data) != array.nbytes:  # halves the time of `read` and a copy
+    shape, dtype = _header(file, member, dimensions)
+    tensor = torch.empty(shape, dtype=dtype)
+    if file.readinto(_bytes(tensor)) != tensor.nbytes:  # halves the time of `read` and a copy
         raise EOFError(f"{member.name} ends early")
-    return torch.from_numpy(array)
+    return tensor
 
 
-def _shape(file: io.BufferedReader, size: int, dimensions: int) -> tuple[int, ...]:
-    """Shape of a float32 array of so many dimensions, which must fill the `size` bytes; leaves the file at its data."""
+def _header(file: io.BufferedReader, member: tarfile.TarInfo, dimensions: int) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and type of a tensor of so many dimensions, which must fill its member; leaves the file at its data."""
+    shape, dtype = _npy_header(file) if member.name.endswith(".npy") else _safetensors_header(file)
+    if len(shape) != dimensions:
+        raise ValueError(f"{shape} is not the shape of an array of {dimensions} dimensions")
+    if member.size - file.tell() != dtype.itemsize * math.prod(shape):
+        raise ValueError(f"an array {shape} of {dtype} does not have {member.size - file.tell()} bytes")
+    return shape, dtype
+
+
+def _npy_header(file: io.BufferedReader) -> tuple[tuple[int, ...], torch.dtype]:
     if np.lib.format.read_magic(file) != (1, 0):
         raise ValueError("another version of .npy than 1.0")
     shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
-    if dtype != np.float32 or fortran_order or len(shape) != dimensions:
-        raise ValueError(f"{dtype} {shape} is not an array of {dimensions} dimensions in float32")
-    if size - file.tell() != 4 * math.prod(shape):
-        raise ValueError(f"an array {shape} does not have {size - file.tell()} bytes")
-    return shape
+    if dtype not in _NPY or fortran_order:
+        raise ValueError(f"an array of {dtype}, where float32 or float16 in C order was expected")
+    return shape, _NPY[dtype]
+
+
+def _safetensors_header(file: io.BufferedReader) -> tuple[tuple[int, ...], torch.dtype]:
+    length = int.from_bytes(file.read(8), "little")
+    if length > _HEADER:
+        raise ValueError(f"a header of {length} bytes is not that of one tensor")
+    (facts,) = dict(json.loads(file.read(length))).values()
+    shape = tuple(facts["shape"])
+    if facts["dtype"] not in _SAFETENSORS or not all(type(size) is int and size >= 0 for size in shape):
+        raise ValueError(f"a tensor of {facts['dtype']} {shape}, where bfloat16, float16 or float32 was expected")
+    return shape, _SAFETENSORS[facts["dtype"]]

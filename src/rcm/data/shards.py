@@ -1,8 +1,8 @@
 """Shards: the synthetic data set as webdataset tars with manifests, and the order in which training reads it.
 
-`X.tar` holds samples (`rcm.data.samples`). Beside it stands `X.tar.json`, the manifest: how many they are, their
-SHA-256, and what they were made from. Part k of n holds the samples k-1, k-1+n, k-1+2n, ... so that a part that is not
-there leaves gaps.
+`X.tar` holds samples (`rcm.data.samples`). Beside it stands `X.tar.json`, the manifest: how many they are, the SHA-256
+of the tar, index, seed and SHA-256 of each sample, and what they were made from. Part k of n holds the samples k-1,
+k-1+n, k-1+2n, ... so that a part that is not there leaves gaps.
 
 Letters of shapes: N samples, B batch, C channels, T frames, H height, W width, L words, D width of a word.
 """
@@ -50,18 +50,23 @@ def write_shard(path: Path | str, samples: Iterable[Sample], manifest: Mapping[s
         path: the tar; its manifest becomes `path`.json.
         samples: zero rows at the end of a text are padding and not stored.
         manifest: "part" ("k-of-n"), and whatever the samples follow from (hashes of prompts and teacher, settings of
-            the sampler; JSON types), which must be equal in all shards of a set. Count and SHA-256 are added.
+            the sampler; JSON types), which must be equal in all shards of a set. What is known of the tar is added.
     """
     _parse_part(manifest["part"])
-    count = 0
     with atomic_file(path) as temporary, tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for sample in samples:
-            write_sample(tar, sample)
-            count += 1
-    write_json(_manifest_path(path), {"count": count, "sha256": sha256_file(path)} | dict(manifest))
+        lines = [write_sample(tar, sample) for sample in samples]
+    write_manifest(path, manifest, lines, sha256_file(path))
 
 
-def _manifest_path(path: Path | str) -> Path:
+def write_manifest(
+    path: Path | str, manifest: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], sha256: str
+) -> None:
+    """Write the manifest of a tar; `lines` are those of its samples (`rcm.data.samples.write_sample`)."""
+    write_json(manifest_path(path), {"count": len(lines), "sha256": sha256, **manifest, "samples": lines})
+
+
+def manifest_path(path: Path | str) -> Path:
+    """Where the manifest of a tar stands."""
     return beside(path, ".json")
 
 
@@ -70,7 +75,7 @@ def _manifest_path(path: Path | str) -> Path:
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples side by side; texts are padded with zeros to one length."""
+    """Samples side by side in float32, whatever they are stored as; texts are padded with zeros to one length."""
 
     indices: tuple[int, ...]
     prompts: tuple[str, ...]
@@ -108,8 +113,8 @@ class LatentDataset:
         return Batch(
             indices=tuple(sample.index for sample in chosen),
             prompts=tuple(sample.prompt for sample in chosen),
-            latents_BCTHW=torch.stack([sample.latents_CTHW for sample in chosen]),
-            text_BLD=torch.stack([pad(sample.text_LD, (0, 0, 0, words - len(sample.text_LD))) for sample in chosen]),
+            latents_BCTHW=torch.stack([sample.latents_CTHW.float() for sample in chosen]),
+            text_BLD=torch.stack([pad(s.text_LD.float(), (0, 0, 0, words - len(s.text_LD))) for s in chosen]),
         )
 
 
@@ -132,24 +137,36 @@ class _Stored(Sequence[Sample]):
             raise UserError(f"sample {index} is in {one} and in {other}; make them again")
         if not len(order_N):
             raise UserError(f"the shards hold no samples: {', '.join(map(str, files))}")
-        shapes = {entry.shapes for found in contents for entry in found}
-        if len(shapes) > 1:
-            raise UserError(f"the shards hold latents of different shapes: {sorted(shapes)}; make them again")
-        self.shapes = shapes.pop()
+        self.shapes = one_shape(entry for found in contents for entry in found)
 
     def __len__(self) -> int:
         return len(self.starts_N)
 
     def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
         index = range(len(self))[index]
-        path = self.files[self.shards_N[index]]
-        with naming(f"sample {index} of shard {path}"), path.open("rb") as file:  # opened anew: threads share no place
-            file.seek(self.starts_N[index])
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                sample = read_sample(tar)
-            if (sample.index, sample.shapes) != (index, self.shapes):
-                raise ValueError("changed since it was verified")
-        return sample
+        return sample_at(self.files[self.shards_N[index]], Entry(index, int(self.starts_N[index]), self.shapes))
+
+
+def sample_at(path: Path, entry: Entry) -> Sample:
+    """The sample of a shard that begins where `entry` says, and must be as it says."""
+    with (
+        naming(f"sample {entry.index} of shard {path}"),
+        path.open("rb") as file,
+    ):  # opened anew: threads share no place
+        file.seek(entry.start)
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            sample = read_sample(tar)
+        if (sample.index, sample.shapes) != (entry.index, entry.shapes):
+            raise ValueError("changed since it was verified")
+    return sample
+
+
+def one_shape(entries: Iterable[Entry]) -> tuple[tuple[int, ...], int]:
+    """`Sample.shapes`, which must be those of all samples."""
+    shapes = {entry.shapes for entry in entries}
+    if len(shapes) > 1:
+        raise UserError(f"the shards hold latents of different shapes: {sorted(shapes)}; make them again")
+    return shapes.pop()
 
 
 def read_shards(
@@ -188,28 +205,10 @@ def _checked_manifests(files: Sequence[Path]) -> tuple[dict[Path, dict[str, Any]
     """The manifest of each shard, and what they have in common; nothing is read of the shards."""
     if not files:
         raise UserError("no shards given: expected one or more .tar files")
-    if repeated := [path for path in files if files.count(path) > 1]:
-        raise UserError(f"shard {repeated[0]} is given twice; give each part exactly once")
-    manifests = {}
-    for path in files:
-        if not path.is_file():
-            raise UserError(f"shard {path} does not exist; make it with `rcm synthesize`")
-        manifest = read_json(_manifest_path(path))
-        if not isinstance(manifest, dict) or not {"count", "sha256", "part"} <= manifest.keys():
-            raise UserError(f"{_manifest_path(path)} is not the manifest of a shard; make the shard again")
-        manifests[path] = manifest
-    return manifests, _common_manifest(manifests)
-
-
-def _common_manifest(manifests: Mapping[Path, dict[str, Any]]) -> dict[str, Any]:
-    """What all manifests say alike; checks that the parts 1 ... n are all there and of one origin."""
-    origins = {
-        path: {key: value for key, value in manifest.items() if key not in ("count", "sha256", "part")}
-        for path, manifest in manifests.items()
-    }
-    first, *others = origins
+    manifests = read_manifests(files)
+    first, *others = files
     for path in others:
-        if differing := [key for key, value in origins[first].items() if origins[path].get(key) != value]:
+        if differing := [key for key, value in origin(manifests[first]).items() if manifests[path].get(key) != value]:
             raise UserError(
                 f"shards {first} and {path} do not belong together: {differing[0]} differs; make them again"
             )
@@ -217,14 +216,40 @@ def _common_manifest(manifests: Mapping[Path, dict[str, Any]]) -> dict[str, Any]
     if sorted(parts) != [(number, parts[0][1]) for number in range(1, parts[0][1] + 1)]:
         given = ", ".join(manifest["part"] for manifest in manifests.values())
         raise UserError(f"the shards are not one whole set: parts {given}; give each part exactly once")
-    return origins[first]
+    return manifests, origin(manifests[first])
+
+
+def read_manifests(files: Sequence[Path]) -> dict[Path, dict[str, Any]]:
+    """The manifest of each shard, without the lines of its samples; UserError for one that is not there."""
+    if repeated := [path for path in files if files.count(path) > 1]:
+        raise UserError(f"shard {repeated[0]} is given twice; give each part exactly once")
+    manifests = {}
+    for path in files:
+        if not path.is_file():
+            raise UserError(f"shard {path} does not exist; make it with `rcm synthesize`")
+        manifest = read_json(manifest_path(path))
+        if not isinstance(manifest, dict) or not {"count", "sha256", "part"} <= manifest.keys():
+            raise UserError(f"{manifest_path(path)} is not the manifest of a shard; make the shard again")
+        manifest.pop("samples", None)
+        manifests[path] = manifest
+    return manifests
+
+
+def read_lines(files: Iterable[Path]) -> list[dict[str, Any]]:
+    """Index, seed and SHA-256 of the samples of shards, as their manifests have them (none, in those of old)."""
+    return [line for path in files for line in read_json(manifest_path(path)).get("samples", [])]
+
+
+def origin(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What a manifest says that all shards of a set have in common."""
+    return {key: value for key, value in manifest.items() if key not in ("count", "sha256", "part", "source")}
 
 
 def _all_contents(paths: Sequence[Path], manifests: Mapping[Path, Mapping[str, Any]]) -> list[list[Entry]]:
-    return [_contents(path, manifests[path]) for path in paths]
+    return [verified(path, manifests[path]) for path in paths]
 
 
-def _contents(path: Path, manifest: Mapping[str, Any]) -> list[Entry]:
+def verified(path: Path, manifest: Mapping[str, Any]) -> list[Entry]:
     """What a shard holds, whose bytes must be those that its manifest tells of."""
     with naming(f"shard {path}"):
         if sha256_file(path) != manifest["sha256"]:
