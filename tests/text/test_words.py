@@ -39,8 +39,9 @@ def test_prompts_that_people_type(encoder):
     assert tokens.isfinite().all()
     assert not tokens[0].any()
     assert all(row.any() for row in tokens[1:])
+    assert encoder.cut([*hostile, "red " * 12]) == [7]
 
 
 def test_an_unknown_kind_is_named():
-    with pytest.raises(ValueError, match="unknown text encoder kind 't5'"):
-        build({"kind": "t5"})
+    with pytest.raises(ValueError, match="unknown text encoder kind 'bert': expected one of words, umt5, t5"):
+        build({"kind": "bert"})
