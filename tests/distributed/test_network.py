@@ -12,7 +12,7 @@ from rcm.artefact import UserError
 from rcm.flow import Wrapped, guided
 from rcm.networks.discriminator import FakeScore
 from rcm.parallel import COUNTER, RECOMPUTE, constant_weights, parallelize, start
-from rcm.sampling import consistency_sample, euler_sample
+from rcm.sampling import consistency_sample, teacher_sample
 
 SIZES = {"width": 16, "mlp_width": 32, "layers": 2, "heads": 4, "in_channels": 4, "out_channels": 4, "text_width": 8,
          "time_width": 16, "patch": [1, 1, 1], "time_scale": 10.0}  # fmt: skip
@@ -147,7 +147,7 @@ def test_cosmos_over_two(ranks, context):
 
 
 def sampled(context):
-    """A student's few-step sample and a teacher's guided Euler sample, of nine tokens."""
+    """A student's few-step sample and a teacher's guided UniPC sample, of nine tokens."""
     built = network()
     if context:
         parallelize(built, start(context=context, device="cpu"))
@@ -156,7 +156,7 @@ def sampled(context):
     velocity = lambda x, r: guided(model.rf_velocity, x, r, text, torch.zeros(1, 5, 8).double(), 2.0)  # noqa: E731
     with torch.no_grad():
         few = consistency_sample(lambda x, t: model.denoise(x, t, text), [1.5, 1.0], [x, other])
-        return few, euler_sample(velocity, x, 3, 3.0, 80.0)
+        return few, teacher_sample(velocity, x, sampler="unipc", steps=3, shift=3.0, sigma_max=80.0)
 
 
 def test_sampling_over_two(ranks):

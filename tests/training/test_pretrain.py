@@ -14,7 +14,7 @@ from rcm.data import prompts
 from rcm.evaluation.geneval import shapeeval
 from rcm.flow import Wrapped, guided
 from rcm.networks import build
-from rcm.sampling import euler_sample
+from rcm.sampling import teacher_sample
 from rcm.training import pretrain as module
 from rcm.training.pretrain import draw_world, flow_matching_loss, pretrain
 
@@ -121,10 +121,10 @@ def test_the_shipped_teachers_show_their_captions(media, least):
     frames = 1 + (config["frames"] - 1) // config["codec"]["stride"]
     noise = randomness.normal((24, frames, 3, 3), seed=0, purpose="test", indices=range(len(suite)))
     wrapped = Wrapped(network)
-    latents = euler_sample(
+    latents = teacher_sample(
         lambda x, r: guided(wrapped.rf_velocity, x, r, words, nothing, teacher["guidance"]),
         noise,
-        *(teacher[key] for key in ("steps", "shift", "sigma_max")),
+        **{key: teacher[key] for key in ("sampler", "steps", "shift", "sigma_max")},
     )
     pictures = codecs.to_pixels(codec.decode(latents.float()))[:, config["frames"] // 2]
     assert shapeeval(list(pictures), suite)["overall"] > least

@@ -4,6 +4,6 @@ The state is float64; the noise is an argument, so that a sample depends on noth
 """
 
 from rcm.sampling.few_step import consistency_sample, few_step_times
-from rcm.sampling.teacher import euler_sample, teacher_sample
+from rcm.sampling.teacher import teacher_sample
 
-__all__ = ["consistency_sample", "euler_sample", "few_step_times", "teacher_sample"]
+__all__ = ["consistency_sample", "few_step_times", "teacher_sample"]

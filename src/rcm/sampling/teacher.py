@@ -101,13 +101,15 @@ def teacher_sample(
         shift: of the grid; 1 for cosmos, which has none.
         progress: wraps the numbers of the steps, e.g. `tqdm`.
 
-    Raises ValueError for another sampler, too few steps, or a shift or sigma_max that the sampler does not take.
+    Raises ValueError for another sampler, too few steps, or a shift or sigma_max that it does not take.
     """
     if sampler not in ("euler", "unipc", "cosmos"):
         raise ValueError(f"sampler is {sampler!r}, must be euler, unipc or cosmos")
     cosmos = sampler == "cosmos"
     if steps < 1 + cosmos:
         raise ValueError(f"{steps} steps asked for, the sampler {sampler} takes at least {1 + cosmos}")
+    if not (shift > 0 and sigma_max > 0):
+        raise ValueError(f"shift is {shift} and sigma_max is {sigma_max}, both must be above 0")
     if cosmos and shift != 1:
         raise ValueError(f"shift is {shift}, must be 1 for the sampler cosmos, which has none")
     if cosmos and not COSMOS_SIGMA_MIN < sigma_max < math.inf:
@@ -120,17 +122,3 @@ def teacher_sample(
     numbers: Iterable[int] = range(len(grid) - 1)
     follow = _unipc if sampler == "unipc" else _euler
     return follow(velocity_rf, start, grid, progress(numbers) if progress else numbers) / (1 - grid[-1])
-
-
-def euler_sample(
-    velocity_rf: Velocity,
-    noise: Tensor,
-    steps: int,
-    shift: float,
-    sigma_max: float,
-    progress: Progress | None = None,
-) -> Tensor:
-    """`teacher_sample` with the sampler euler."""
-    return teacher_sample(
-        velocity_rf, noise, sampler="euler", steps=steps, shift=shift, sigma_max=sigma_max, progress=progress
-    )
