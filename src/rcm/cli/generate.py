@@ -1,17 +1,39 @@
-"""The stage `generate`: a prompt in, a picture or a clip out."""
+"""The stage `generate`: prompts in, pictures or clips out.
 
+Sample s of the prompt p of a file (both from 0) has the noise of the job (p, s), so that the samples of a table come
+again under the suite's seed. Big parts are in memory one after another: the text encoder, the image encoder, then codec
+and network; clips are decoded piece by piece while they are written.
+"""
+
+import json
 import re
 import sys
+import time
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor, nn
 
-from rcm.artefact import UserError, atomic_file
-from rcm.cli.models import codec, student
-from rcm.cli.pictures import check_suffix, encode, enlarged
+import rcm
+import rcm.text
+import rcm.vision
+from rcm.artefact import atomic_file, beside, content_sha256, read_json
+from rcm.checkpoints import load_weights
+from rcm.cli.images import fitted
+from rcm.cli.models import Job, Student, Teacher, codec, device_of, network
+from rcm.cli.orders import Order, ordered
+from rcm.cli.pictures import check_suffix, enlarged, frame_rate, grid, write
+from rcm.cli.progress import INTERVAL, Progress
 from rcm.codecs import to_pixels
+from rcm.conditioning import Experts, first_frame_condition
 from rcm.data import world
+from rcm.networks import Conditioned
 from rcm.text import WordEncoder
 
 # words of the captions that the tiny networks were trained on
@@ -21,59 +43,260 @@ KNOWN = {
     *world.DIRECTIONS,
     *(word for phrase in world.RELATIONS for word in phrase.split()),
 }
+_NOTED = 10_000  # characters of a prompt in the metadata
+
+Draw = Callable[[Job], Tensor]  # latents (1, C, T, H, W) of a job
+Seconds = tuple[float, float]  # of sampling, of decoding
 
 
 @torch.no_grad()
 def generate(arguments: Namespace) -> None:
-    """Sample one picture or clip and write it in the format that the suffix names."""
+    """Sample every prompt as often as asked for, and write the samples in the format that the suffix names.
+
+    Several samples are numbered along the rows of a grid, a row a prompt, which is written under the name itself.
+    """
     suffix = check_suffix(arguments.out)
-    prompt = checked_prompt(arguments.prompt)
-    for path in (arguments.checkpoint, arguments.codec):
-        if not path.exists():
-            raise UserError(
-                f"{path} does not exist: run `make tables` first, or name another with --checkpoint and --codec"
-            )
-    model = student(arguments.checkpoint)
-    model.times(arguments.steps)
-    decoder = codec(model.settings["codec"], arguments.codec)
-    latents = model.sample(model.encoder.encode([prompt]), [(0, 0)], steps=arguments.steps, seed=arguments.seed)
-    frames = to_pixels(decoder.decode(latents))[0]
-    shown = frames if suffix == ".npy" else enlarged(frames)
-    with atomic_file(arguments.out) as path:
-        path.write_bytes(encode(shown, suffix))
-    count, height, width, _ = frames.shape
-    factor = shown.shape[1] // height
-    print(
-        f"wrote {arguments.out}: {f'{count} frames of ' if count > 1 else ''}{width} x {height} pixels"
-        + (f", enlarged {factor} times" if factor > 1 else "")
-    )
-    for remark in remarks(prompt, model.encoder):
-        print(f"rcm generate: note: {remark}", file=sys.stderr)
+    order = ordered(arguments)
+    texts = encoded(order)
+    decoder = codec(order.settings["codec"], order.files["codec"], device=order.placed["device"])
+    draw = drawing(order, opened(order, decoder), texts)
+
+    jobs = [(prompt, sample) for prompt in range(len(order.prompts)) for sample in range(order.samples)]
+    alone = len(jobs) == 1
+    facts, rate = described(order), frame_rate(order.settings["codec"])
+    kept: list[list[np.ndarray]] = []  # the frames of each sample, for the grid
+    timed: list[Seconds] = []
+    if arguments.benchmark:
+        measured(order, decoder, draw, jobs[0])  # the first run chooses kernels and fills caches
+    for number, job in enumerate(jobs):
+        pieces: Iterator[np.ndarray]
+        if arguments.benchmark:
+            pieces, seconds = measured(order, decoder, draw, job)
+            timed.append(seconds)
+        else:
+            pieces = decoded(order, decoder, draw(job))
+        kept.append([])
+        shown = (piece if suffix == ".npy" else enlarged(piece) for piece in pieces)
+        path = arguments.out if alone else arguments.out.with_stem(f"{arguments.out.stem}-{number}")
+        about = facts | {"prompt": order.prompts[job[0]][:_NOTED], "job": job}
+        with atomic_file(path) as temporary:
+            write(temporary, shown if alone else noted(shown, kept[-1]), rate=rate, comment=json.dumps(about))
+        print(f"wrote {path}: {in_words(order, suffix)}")
+    if not alone:
+        frames = np.stack([np.concatenate(pieces) for pieces in kept])
+        sheet = grid(frames.reshape(len(order.prompts), order.samples, *frames.shape[1:]))
+        with atomic_file(arguments.out) as temporary:
+            write(temporary, iter([sheet]), rate=rate, comment=json.dumps(facts))
+        print(f"wrote {arguments.out}: these in a grid of {len(order.prompts)} x {order.samples}")
+    if timed:
+        print(report(order, timed))
+    if order.settings["text"]["kind"] == "words":
+        for remark in remarks(order):
+            note(remark)
 
 
-def checked_prompt(prompt: str) -> str:
-    """The prompt, if it is text; UserError for bytes that are not UTF-8."""
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise UserError("the prompt is not valid UTF-8 text") from error
-    return prompt
+# --- Text ------------------------------------------------------------------------------------------------------------
 
 
-def remarks(prompt: str, encoder: object) -> Sequence[str]:
-    """What a person should know about how a prompt is understood."""
+@dataclass(frozen=True)
+class Encoded:
+    """Texts with their encodings (tokens, width), in the place of the encoder, which is gone."""
+
+    known: Mapping[str, Tensor]
+
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """(B, tokens, width)."""
+        return torch.stack([self.known[prompt] for prompt in prompts])
+
+
+def encoded(order: Order) -> Encoded:
+    """Encode all texts of an order; those that are too long are named."""
+    encoder = text_encoder(order)
+    if not isinstance(encoder, WordEncoder):  # of which `remarks` speaks
+        for number in encoder.cut(order.texts):
+            note(f"longer than {encoder.tokens} tokens, the rest is cut: {json.dumps(order.texts[number][:60])} ...")
+    known = {}
+    with Patient("encode", len(order.texts), "prompts") as progress:
+        for text in order.texts:
+            known[text] = encoder.encode([text])[0].cpu()
+            progress.advance()
+    return Encoded(known)
+
+
+def text_encoder(order: Order) -> Any:
+    """The text encoder of the model, or texts that were encoded before."""
+    if "embeddings" in order.files:
+        return rcm.text.Embeddings(order.files["embeddings"])
+    if "text" not in order.files:
+        return rcm.text.build(order.settings["text"])
+    with torch.device("meta"):
+        encoder: Any = rcm.text.build(order.settings["text"])
+    encoder.tokenizer = rcm.text.tokenizer(order.files["tokenizer"])
+    return filled(encoder, order.files["text"], order)
+
+
+def filled(module: nn.Module, path: Path, order: Order) -> Any:
+    """A module of the meta device with the weights of a checkpoint, in the order's place and precision."""
+    load_weights(module.to(getattr(torch, order.placed["precision"])), path, device=device_of(order.placed["device"]))
+    return module.eval().requires_grad_(False)
+
+
+def remarks(order: Order) -> list[str]:
+    """What a person should know about how the tiny model understands the prompts."""
+    encoder = WordEncoder(**{key: value for key, value in order.settings["text"].items() if key != "kind"})
+    return list(dict.fromkeys(remark for prompt in order.prompts for remark in _remarks(prompt, encoder)))
+
+
+def _remarks(prompt: str, encoder: WordEncoder) -> list[str]:
     words = re.findall(r"\w+", prompt.lower())
     if not words:
         return ["the prompt has no words, so the student shows what it likes"]
     found = []
-    if isinstance(encoder, WordEncoder):
-        everything = WordEncoder(tokens=sys.maxsize, width=encoder.width, window=encoder.window, decay=encoder.decay)
-        count = len(everything.words(prompt))
-        if count > encoder.tokens:
-            found.append(f"the prompt is long: only its first {encoder.tokens} of {count} words are used")
+    everything = WordEncoder(tokens=sys.maxsize, width=encoder.width, window=encoder.window, decay=encoder.decay)
+    count = len(everything.words(prompt))
+    if count > encoder.tokens:
+        found.append(f"the prompt is long: only its first {encoder.tokens} of {count} words are used")
     if not any(word.removesuffix("s") in KNOWN or word in KNOWN for word in words):
         found.append(
             f"the tiny model knows only shapes ({', '.join(world.SHAPES)}) and colours ({', '.join(world.COLORS)}); "
             "none of them is in the prompt, so expect anything"
         )
     return found
+
+
+def note(text: str) -> None:
+    """Say something that is no error."""
+    print(f"rcm generate: note: {text}", file=sys.stderr)
+
+
+# --- Network and codec -----------------------------------------------------------------------------------------------
+
+
+def opened(order: Order, encoder: Any) -> nn.Module:
+    """The network of an order, with its other expert and with the first frame where it has them.
+
+    `encoder` is the codec. The image encoder is gone before the network is loaded.
+    """
+    conditions: dict[str, Tensor] = {}
+    if order.image is not None:
+        image = fitted(order.image, order.size).to(device_of(order.placed["device"]))
+        conditions["condition_BCTHW"] = first_frame_condition(encoder, image, order.settings["frames"])
+        if "vision" in order.files:
+            with torch.device("meta"):
+                vision = rcm.vision.build(order.settings["vision"])
+            conditions["image_BLD"] = filled(vision, order.files["vision"], order).encode(image)
+            del vision
+    built = network(order.settings["network"], order.files["checkpoint"], **order.placed)
+    if "second" in order.files:
+        second = network(order.settings["network"], order.files["second"], **order.placed)
+        built = Experts(built, second, order.settings["boundary"])
+    return Conditioned(built, **conditions) if conditions else built
+
+
+def drawing(order: Order, built: nn.Module, texts: Encoded) -> Draw:
+    """What draws the latents of a job; every call of the network is a step of a progress bar."""
+    settings, calls = order.settings, order.steps
+    if order.of_teacher:
+        teacher = Teacher(built, texts, settings, settings["teacher"])
+        calls -= settings["teacher"]["sampler"] == "cosmos"  # whose last step has none
+        sample: Callable[..., Tensor] = teacher.sample
+    else:
+        sample = partial(Student(built, texts, settings).sample, steps=order.steps)
+
+    def draw(job: Job) -> Tensor:
+        with Patient("sample", calls, "steps") as progress:
+            counting = built.register_forward_hook(lambda *_: progress.advance())
+            try:
+                return sample(texts.encode([order.prompts[job[0]]]), [job], seed=order.seed)
+            finally:
+                counting.remove()
+
+    return draw
+
+
+def decoded(order: Order, decoder: Any, latents_BCTHW: Tensor) -> Iterator[np.ndarray]:
+    """The pieces of a sample, uint8 (t, H, W, 3), one after another."""
+    with Patient("decode", order.settings["frames"], "frames") as progress:
+        for video in decoder.frames(latents_BCTHW):
+            piece = to_pixels(video)[0]
+            yield piece
+            progress.advance(len(piece))
+
+
+class Patient(Progress):
+    """Progress that says nothing in a log file of what is over soon."""
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
+        if self._bar is not None or time.monotonic() - self._start >= INTERVAL:
+            super().__exit__(kind, *rest)
+
+
+# --- What is said and noted ------------------------------------------------------------------------------------------
+
+
+def noted(pieces: Iterable[np.ndarray], into: list[np.ndarray]) -> Iterator[np.ndarray]:
+    """The pieces, each of which is kept `into` a list when it comes by."""
+    for piece in pieces:
+        into.append(piece)
+        yield piece
+
+
+def described(order: Order) -> dict[str, Any]:
+    """What files made by an order say of it, beside the prompt."""
+    settings, section = order.settings, "teacher" if order.of_teacher else "sampler"
+    return {
+        "made_by": f"rcm {rcm.__version__}, torch {torch.__version__}",
+        "files": {
+            name: {"name": path.name, "sha256": identity(path)}
+            for name, path in order.files.items()
+            if name in ("checkpoint", "second", "image")
+        },
+        section: {**settings[section], "steps": order.steps},
+        **({"boundary": settings["boundary"]} if "second" in order.files else {}),
+        **{key: settings[key] for key in ("width", "height", "frames")},
+        "seed": order.seed,
+        **order.placed,
+    }
+
+
+def identity(path: Path) -> str:
+    """The SHA-256 of a file or folder; that of its record, where one was written since, for big files take a minute."""
+    record = beside(path, ".prov.json")
+    if record.exists() and record.stat().st_mtime >= path.stat().st_mtime:
+        return read_json(record)["sha256"]
+    return content_sha256(path)
+
+
+def in_words(order: Order, suffix: str) -> str:
+    """What a file holds."""
+    (width, height), count = order.size, order.settings["frames"]
+    factor = 1 if suffix == ".npy" else enlarged(np.empty((1, height, width, 0), np.uint8)).shape[1] // height
+    frames = f"{count} frames of " if count > 1 else ""
+    return f"{frames}{width} x {height} pixels" + (f", enlarged {factor} times" if factor > 1 else "")
+
+
+def measured(order: Order, decoder: Any, draw: Draw, job: Job) -> tuple[Iterator[np.ndarray], Seconds]:
+    """The frames of a job, and the seconds that sampling and decoding took."""
+
+    def now() -> float:
+        if order.placed["device"] == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    start = now()
+    latents = draw(job)
+    between = now()
+    pieces = list(decoded(order, decoder, latents))
+    return iter(pieces), (between - start, now() - between)
+
+
+def report(order: Order, timed: Sequence[Seconds]) -> str:
+    """The mean of the timed samples, in the terms of the paper's table 2."""
+    sampling, decoding = (sum(seconds) / len(timed) for seconds in zip(*timed, strict=True))
+    total, frames = sampling + decoding, order.settings["frames"]
+    device = torch.cuda.get_device_name() if order.placed["device"] == "cuda" else "CPU"
+    return (
+        f"benchmark: {total:.3g} s a sample, {frames / total:.3g} frames per second: {sampling:.3g} s for "
+        f"{order.steps} steps, {decoding:.3g} s for decoding; batch 1, {device}, {order.placed['precision']}, the mean "
+        f"of {len(timed)} after one to warm up; encoders, loading and writing are not counted"
+    )

@@ -20,6 +20,7 @@ class Option:
     default: Any = None
     repeat: bool = False
     choices: Sequence[str] | None = None
+    group: str = ""  # the heading in the help under which it stands
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Stage:
     example: str
     overrides: str = ""  # the keys of the configuration that matter most; empty: the stage takes no overrides
     exclusive: tuple[str, ...] = field(default=())  # options of which exactly one must be given
+    more: tuple[str, ...] = field(default=())  # further examples
 
 
 def part(text: str) -> str:
@@ -51,6 +53,22 @@ def natural(text: str) -> int:
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number of 0 or more")
     return value
+
+
+def counted(text: str) -> int:
+    """An integer of at least 1."""
+    value = natural(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of 1 or more")
+    return value
+
+
+def pixels(text: str) -> tuple[int, int]:
+    """Width and height of "832x480"."""
+    width, separator, height = text.partition("x")
+    if not (separator and width.isdecimal() and height.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; expected something like 832x480")
+    return int(width), int(height)
 
 
 def positive(text: str) -> float:
@@ -79,7 +97,7 @@ EXPERIMENT = "experiment=tiny-images|tiny-clips"
 STAGES: dict[str, Stage] = {
     "prompts": Stage(
         "rcm.cli.data:prompts",
-        "Write a suite of prompts as JSON lines: captions with the facts they state (as GenEval's), or those of a file.",
+        "Write a suite of prompts as JSON lines: captions with the facts they state (GenEval's), or those of a file.",
         (
             Option(
                 "--source",
@@ -93,13 +111,14 @@ STAGES: dict[str, Stage] = {
     ),
     "download": Stage(
         "rcm.cli.checkpoints:download",
-        "Fetch a checkpoint that the configuration names and verify its SHA-256.",
+        "Fetch a checkpoint that the configuration names, verify it, and note what came in OUT.download.json.",
         (
-            Option("--name", "which checkpoint", str, choices=("transformer", "codec")),
-            Option("--out", "where to put it, FILE.pth"),
+            Option("--name", "which checkpoint of the configuration, such as transformer, codec or text", str),
+            Option("--out", "where to put it: a file, or a folder where the source ends in a slash"),
         ),
         "rcm download --name transformer --out data/tiny/images/checkpoints/transformer.pth",
-        overrides=f"{EXPERIMENT}  checkpoints.transformer.source=PATH_OR_URL  checkpoints.transformer.sha256=HEX",
+        overrides=f"{EXPERIMENT}  checkpoints.NAME.source=PATH|http(s)://...|s3://BUCKET/KEY|hf://OWNER/REPO/PATH  "
+        "checkpoints.NAME.sha256=HEX",
     ),
     "pretrain": Stage(
         "rcm.cli.train:pretrain",
@@ -115,8 +134,20 @@ STAGES: dict[str, Stage] = {
     ),
     "convert": Stage(
         "rcm.cli.checkpoints:convert",
-        "Convert a .pth checkpoint to a DCP folder, the format of training.",
-        (Option("--checkpoint", "the checkpoint, FILE.pth"), Option("--out", "the DCP folder")),
+        "Convert a checkpoint to a DCP folder, the format of training, one tensor at a time.",
+        (
+            Option("--checkpoint", "the checkpoint: FILE.pth, FILE.safetensors, a folder of these, or a DCP folder"),
+            Option(
+                "--network",
+                "the section of the configuration whose network it is",
+                str,
+                required=False,
+                default="network",
+                choices=("network", "synthesizer"),
+            ),
+            DTYPE,
+            Option("--out", "the DCP folder"),
+        ),
         "rcm convert --checkpoint data/tiny/images/checkpoints/transformer.pth --out data/tiny/images/teacher",
         overrides=EXPERIMENT,
     ),
@@ -137,7 +168,7 @@ STAGES: dict[str, Stage] = {
     ),
     "synthesize": Stage(
         "rcm.cli.data:synthesize",
-        "Let the teacher sample latents for one shard of the training prompts; one that was killed goes on where it was.",
+        "Let the teacher sample one shard of the training prompts; a run that was killed goes on where it was.",
         (
             Option("--teacher", "the teacher, a DCP folder"),
             Option("--prompts", "the training prompts, FILE.jsonl"),
@@ -192,7 +223,8 @@ STAGES: dict[str, Stage] = {
             Option("--count", "how many samples, evenly spread", natural, required=False, default=24),
             Option("--out", "the sheet, FILE.png, or FILE.html with the whole prompts"),
         ),
-        "rcm contact-sheet --data data/tiny/images/shards/*.tar --codec data/tiny/checkpoints/codec.pth --out sheet.png",
+        "rcm contact-sheet --data data/tiny/images/shards/*.tar --codec data/tiny/checkpoints/codec.pth "
+        "--out sheet.png",
         overrides="experiment=NAME  inference.device=cpu|cuda|auto",
     ),
     "plan": Stage(
@@ -233,8 +265,21 @@ STAGES: dict[str, Stage] = {
     ),
     "export": Stage(
         "rcm.cli.checkpoints:export",
-        "Export a student's averaged weights with its sampler's settings, as .safetensors and as .pth beside it.",
-        (Option("--student", "the student, a DCP folder"), Option("--out", "the export, FILE.safetensors")),
+        "Export a student with its sampler's settings, as .safetensors, and beside it as .pth or in diffusers' layout.",
+        (
+            Option("--student", "the student, a DCP folder, of averaged weights or of raw ones"),
+            Option(
+                "--format",
+                "what to write: FILE.safetensors, FILE.pth, the folder FILE.diffusers",
+                str,
+                required=False,
+                default=("safetensors", "pth"),
+                repeat=True,
+                choices=("safetensors", "pth", "diffusers"),
+            ),
+            DTYPE,
+            Option("--out", "the export, FILE.safetensors"),
+        ),
         "rcm export objective=rcm --student student/dcp --out student/student.safetensors",
         overrides=f"{EXPERIMENT}  objective=scm|dcm|meanflow|dmd|dmd2|rcm  seed=N",
     ),
@@ -340,26 +385,157 @@ STAGES: dict[str, Stage] = {
     ),
     "generate": Stage(
         "rcm.cli.generate:generate",
-        "Make an image or a clip from a prompt with a student.",
+        "Make images or clips from prompts, and from an image where the model takes one, with a student or a teacher.",
         (
-            Option("--prompt", "what to show; empty: whatever the student likes", str),
-            Option("--steps", "sampling steps", natural, required=False, default=4),
-            Option("--out", "the output; its suffix decides: .png (animated for clips), .gif, .mp4 or .npy"),
+            Option("--prompt", "what to show; empty: whatever the model likes", str),
+            Option("--prompts", "a file of prompts: .txt, a line each, .jsonl or .csv"),
+            Option(
+                "--out",
+                "the output; its suffix decides: .png (animated for clips), .gif, .mp4 or .npy. Several samples: a "
+                "grid, a row a prompt, and beside it each as NAME-0, NAME-1, ... along the rows. The settings are in "
+                "the comment of the file",
+            ),
+            Option("--samples", "samples of each prompt", counted, False, 1),
+            Option(
+                "--seed",
+                "seed of the noise; sample s of prompt p of a file has the noise that it has in `rcm sample`",
+                *(natural, False, 0),
+            ),
+            Option(
+                "--model",
+                "a scale, such as wan2.1-1.3b, or wan2.1-i2v-14b, wan2.2-i2v-a14b: its settings, where the "
+                "checkpoint has none, and where its files are (default: tiny)",
+                str,
+                False,
+                group="model",
+            ),
+            Option("--teacher", "the checkpoint is a teacher, many steps with guidance", bool, False, group="model"),
             Option(
                 "--checkpoint",
-                "the student; a student of clips makes a clip",
+                "an export of `rcm export`, or with --model any file or folder of the network "
+                "(default: the student, or teacher, of the model below data/)",
                 required=False,
-                default=Path("data/tiny/images/rcm-0/student.safetensors"),
+                group="model",
+            ),
+            Option("--second-checkpoint", "Wan2.2: the expert of low noise", required=False, group="model"),
+            Option(
+                "--boundary",
+                "Wan2.2: the time (0 to 1) below which it is used (default: 0.9)",
+                positive,
+                False,
+                group="model",
             ),
             Option(
                 "--codec",
-                "the codec",
+                "the codec (this and the following by default: the model's downloads below data/)",
                 required=False,
-                default=Path("data/tiny/checkpoints/codec.pth"),
+                group="model",
             ),
-            Option("--seed", "seed of the noise", natural, required=False, default=0),
+            Option("--text-encoder", "the weights of the text encoder", required=False, group="model"),
+            Option("--tokenizer", "folder of its tokenizer.json", required=False, group="model"),
+            Option(
+                "--text",
+                "instead of both: the prompts (and the negative one) encoded by `rcm embed`",
+                required=False,
+                group="model",
+            ),
+            Option("--vision", "Wan2.1 I2V: the weights of the image encoder", required=False, group="model"),
+            Option(
+                "--steps",
+                "sampling steps (default: 4 of a student, those of the model's settings of a teacher)",
+                natural,
+                False,
+                group="sampling",
+            ),
+            Option(
+                "--sigma-max",
+                "noise level of the first step; more: less diverse (default: the model's)",
+                positive,
+                False,
+                group="sampling",
+            ),
+            Option("--guidance", "teachers: scale of the guidance", positive, False, group="sampling"),
+            Option(
+                "--shift",
+                "teachers: shift of the times; Wan2.1 I2V has 3 at 480p and 5 at 720p",
+                positive,
+                False,
+                group="sampling",
+            ),
+            Option(
+                "--negative-prompt",
+                "teachers: what guidance leads away from (default: the model's)",
+                str,
+                False,
+                group="sampling",
+            ),
+            Option(
+                "--image",
+                "I2V: the first frame, any image; RGB over white, upright, resized and cut about its "
+                "centre to the size of the clip",
+                required=False,
+                group="size",
+            ),
+            Option(
+                "--resolution",
+                "Wan: 832x480 or 1280x720 at 16:9; Cosmos: 768x432 or 1360x768; of an image: as many "
+                "pixels in its own aspect ratio",
+                str,
+                False,
+                choices=("480p", "720p"),
+                group="size",
+            ),
+            Option(
+                "--aspect",
+                "aspect ratio; an image is cut to it",
+                str,
+                False,
+                choices=("16:9", "9:16", "1:1", "4:3", "3:4"),
+                group="size",
+            ),
+            Option(
+                "--size", "width and height in pixels, such as 832x480, instead of both", pixels, False, group="size"
+            ),
+            Option(
+                "--frames", "frames of a clip, 1 + a multiple of 4 (default: the model's)", counted, False, group="size"
+            ),
+            Option(
+                "--device",
+                "where to compute; auto: cuda where there is one",
+                str,
+                False,
+                "auto",
+                choices=("auto", "cpu", "cuda"),
+                group="speed",
+            ),
+            Option(
+                "--precision",
+                "of the networks; auto: bfloat16 on cuda, float32 on cpu",
+                str,
+                False,
+                "auto",
+                choices=("auto", "float32", "bfloat16"),
+                group="speed",
+            ),
+            Option(
+                "--benchmark",
+                "say how many seconds a sample takes and how many frames per second that is, as table 2 "
+                "of the paper: batch 1, sampling and decoding, after one sample to warm up; the mean over --samples",
+                bool,
+                False,
+                group="speed",
+            ),
         ),
         'rcm generate --prompt "a photo of a red circle" --steps 4 --out out.png',
+        exclusive=("--prompt", "--prompts"),
+        more=(
+            'rcm generate --model wan2.1-1.3b --prompt "a red panda eats bamboo" --samples 4 --out panda.mp4',
+            'rcm generate --model wan2.1-14b --teacher --prompt "a storm at sea" --resolution 720p --out storm.mp4',
+            "rcm generate --model cosmos-predict2-2b --prompts prompts.txt --aspect 1:1 --out sheet.png",
+            'rcm generate --model wan2.1-i2v-14b --teacher --image cat.jpg --prompt "the cat yawns" --out cat.mp4',
+            "rcm generate --model wan2.2-i2v-a14b --checkpoint high.pth --second-checkpoint low.pth --sigma-max 200 "
+            '--image cat.jpg --prompt "the cat yawns" --out cat.mp4',
+        ),
     ),
     "doctor": Stage(
         "rcm.cli.doctor:doctor",
@@ -389,6 +565,9 @@ def overview() -> str:
     )
 
 
+PROMPTS = ("--prompt", "--negative-prompt")  # options whose value is any text
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see `{self.prog} --help`)")
@@ -400,13 +579,14 @@ def build(name: str) -> argparse.ArgumentParser:
     parser = _Parser(
         prog=f"rcm {name}",
         description=stage.summary,
-        epilog=f"example:\n  {stage.example}",
+        epilog="\n  ".join(["examples:" if stage.more else "example:", stage.example, *stage.more]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     group = parser.add_mutually_exclusive_group(required=True) if stage.exclusive else None
+    headings = {name: parser.add_argument_group(name) for name in dict.fromkeys(o.group for o in stage.options) if name}
     for option in stage.options:
-        target = group if group is not None and option.name in stage.exclusive else parser
+        target = group if group is not None and option.name in stage.exclusive else headings.get(option.group, parser)
         if option.kind is bool:
             target.add_argument(option.name, action="store_true", help=option.help)
             continue
@@ -428,33 +608,35 @@ def build(name: str) -> argparse.ArgumentParser:
 def parse(name: str, argv: list[str]) -> argparse.Namespace:
     """Parse the arguments of a stage; raises UserError with one sentence.
 
-    Overrides may stand before, between or after options. The value of `--prompt` may begin with a dash.
+    Overrides may stand before, between or after options. The values of PROMPTS may begin with a dash.
     """
-    words, prompt = _without_prompt(argv, {option.name for option in STAGES[name].options})
+    words, texts = argv, {}
+    for option in PROMPTS:
+        words, text = _without_prompt(words, option, {option.name for option in STAGES[name].options})
+        texts |= {option[2:].replace("-", "_"): text} if text is not None else {}
     arguments = build(name).parse_intermixed_args(words)
-    if prompt is not None:
-        arguments.prompt = prompt
+    vars(arguments).update(texts)
     for override in getattr(arguments, "overrides", []):
         if "=" not in override and not override.startswith("~"):
             raise UserError(f"{override!r} is neither an option nor a key=value (see `rcm {name} --help`)")
     return arguments
 
 
-def _without_prompt(argv: list[str], options: set[str]) -> tuple[list[str], str | None]:
-    """Put a harmless word in place of the value of `--prompt`, for which argparse has rules of its own."""
-    if "--prompt" not in options:
+def _without_prompt(argv: list[str], wanted: str, options: set[str]) -> tuple[list[str], str | None]:
+    """Put a harmless word in place of the value of an option that takes any text: argparse has rules of its own."""
+    if wanted not in options:
         return argv, None
     words: list[str] = []
     prompt = None
     rest = iter(argv)
     for word in rest:
         option, separator, value = word.partition("=")
-        if option == "--prompt" and not separator:
+        if option == wanted and not separator:
             value = next(rest, "--out")
             if value.partition("=")[0] in options:  # the prompt was forgotten
-                words += ["--prompt", value]
+                words += [wanted, value]
                 continue
-        if option == "--prompt":
-            word, prompt = "--prompt=given", value
+        if option == wanted:
+            word, prompt = f"{wanted}=given", value
         words.append(word)
     return words, prompt

@@ -1,0 +1,265 @@
+"""What `rcm generate` is to make: its options, with what the model itself says, checked before anything is loaded."""
+
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from rcm.artefact import UserError
+from rcm.checkpoints import read_settings
+from rcm.cli import images, sizes
+from rcm.cli.config import compose
+from rcm.cli.models import EXPORTED
+from rcm.data.prompt_files import read_prompt_file
+from rcm.sampling import few_step_times, teacher_sample
+from rcm.tree import options, settings_of
+
+
+@dataclass(frozen=True)
+class Order:
+    """Everything that decides what is made.
+
+    settings    sections as in an experiment: frames, height, width, network, codec, text, sampler or teacher, ...
+    of_teacher  whether the checkpoint is sampled as a teacher (`settings["teacher"]`) or as a student (`["sampler"]`)
+    files       the paths that are needed, by the name of the option
+    image       the first frame, for networks that take one
+    placed      device and precision of the networks
+    """
+
+    settings: Mapping[str, Any]
+    of_teacher: bool
+    steps: int
+    prompts: Sequence[str]
+    samples: int
+    seed: int
+    files: Mapping[str, Path]
+    image: Image.Image | None
+    placed: Mapping[str, str]
+
+    @property
+    def size(self) -> sizes.Size:
+        """Width and height in pixels."""
+        return self.settings["width"], self.settings["height"]
+
+    @property
+    def texts(self) -> list[str]:
+        """The different texts to encode: the prompts, and of a teacher the negative prompt."""
+        negative = [self.settings["teacher"]["negative_prompt"]] if self.of_teacher else []
+        return list(dict.fromkeys([*self.prompts, *negative]))
+
+
+def ordered(arguments: Namespace) -> Order:
+    """The order that the options make; UserError for what cannot be."""
+    prompts = [checked(arguments.prompt)] if arguments.prompts is None else _from_file(arguments.prompts)
+    settings, files, of_teacher = _model(arguments)
+    settings = _with_sampling(arguments, settings, of_teacher)
+    image = _image(arguments, settings)
+    width, height = _size(arguments, settings, image)
+    frames = settings["frames"] if arguments.frames is None else arguments.frames
+    sizes.check(settings, (width, height), frames)
+    return Order(
+        settings={**settings, "width": width, "height": height, "frames": frames},
+        of_teacher=of_teacher,
+        steps=settings["teacher"]["steps"] if of_teacher else (4 if arguments.steps is None else arguments.steps),
+        prompts=prompts,
+        samples=arguments.samples,
+        seed=arguments.seed,
+        files=files,
+        image=image,
+        placed=_placed(arguments),
+    )
+
+
+def checked(prompt: str) -> str:
+    """The prompt, if it is text; UserError for bytes that are not UTF-8."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise UserError("the prompt is not valid UTF-8 text") from error
+    return prompt
+
+
+def _from_file(path: Path) -> list[str]:
+    return [item["prompt"] for item in read_prompt_file(path)]
+
+
+# --- Model and files -------------------------------------------------------------------------------------------------
+
+
+def _model(arguments: Namespace) -> tuple[dict[str, Any], dict[str, Path], bool]:
+    """The settings of the model, the files that it needs, and whether it is a teacher."""
+    scale, known = "tiny", dict[str, Any]()
+    if arguments.model or arguments.teacher or arguments.checkpoint is None:
+        scale, known = named(arguments.model or "tiny")
+    checkpoint = arguments.checkpoint or _checkpoint(scale, known, arguments.teacher)
+    exported = {}
+    if not arguments.teacher:
+        _exists(checkpoint, "--checkpoint", "run `make tables` first" if scale == "tiny" else "distil one")
+        exported = _exported(checkpoint, bool(known))
+    settings = known | exported
+    if not known and settings["codec"]["kind"] != "cells" and not arguments.codec:
+        raise UserError(f"{checkpoint} needs its codec and text encoder: say --model NAME, whose files are used")
+    files = {"checkpoint": checkpoint}
+    if arguments.second_checkpoint is not None and "boundary" not in settings and arguments.boundary is None:
+        raise UserError("--second-checkpoint needs --boundary, the time above which the first one is used")
+    needed = {"codec": arguments.codec}
+    if settings.get("boundary") is not None or arguments.boundary is not None:
+        needed["second"] = arguments.second_checkpoint
+        settings["boundary"] = settings["boundary"] if arguments.boundary is None else arguments.boundary
+    if arguments.text is not None:
+        needed["embeddings"] = arguments.text
+    elif settings["text"]["kind"] != "words":
+        needed |= {"text": arguments.text_encoder, "tokenizer": arguments.tokenizer}
+    if settings["network"].get("image_width"):
+        needed["vision"] = arguments.vision
+    for name, given in needed.items():
+        files[name] = given or stored(scale, settings, name)
+    for name, path in files.items():
+        _exists(path, f"--{_OPTIONS.get(name, name)}", _remedy(scale, settings, name, path))
+    return settings, files, arguments.teacher
+
+
+_OPTIONS = {"second": "second-checkpoint", "text": "text-encoder", "embeddings": "text"}
+
+
+def named(name: str) -> tuple[str, dict[str, Any]]:
+    """(scale, settings) of a model: of config/model/, a scale, or an experiment. UserError where there is none."""
+    if name in options("model"):
+        settings = settings_of("model", name)
+        return name, settings | {
+            group: settings_of(group, settings[group])
+            for group in ("network", "codec", "text", "vision")
+            if group in settings
+        }
+    experiments = options("experiment")
+    for experiment in (name, f"{name}-images", f"{name}-clips"):
+        if experiment in experiments:
+            return experiment.rpartition("-")[0], compose([f"experiment={experiment}"])
+    scales = {experiment.rpartition("-")[0] for experiment in experiments}
+    raise UserError(f"there is no model {name!r}; there are {', '.join(sorted({*scales, *options('model')}))}")
+
+
+def _checkpoint(scale: str, settings: Mapping[str, Any], of_teacher: bool) -> Path:
+    """Where the pipeline puts a student or a teacher of a scale."""
+    folder = Path("data", scale, settings["media"])
+    if not of_teacher:
+        return folder / "rcm-0" / "student.safetensors"
+    converted = folder / "teacher"
+    return converted if converted.exists() else stored(scale, settings, "transformer")
+
+
+def stored(scale: str, settings: Mapping[str, Any], name: str) -> Path:
+    """Where the pipeline puts a download; transformers are of one medium each."""
+    own = name in ("transformer", "synthesizer", "second")
+    folder = Path("data", scale, *([settings["media"]] if own else []), "checkpoints")
+    source = (settings.get("checkpoints", {}).get(name) or {"source": f"{name}.pth"})["source"]
+    last = source.rpartition("/")[2]
+    return folder / (name if not last or "*" in last else name + Path(last).suffix)
+
+
+def _exists(path: Path, option: str, remedy: str) -> None:
+    if not path.exists():
+        raise UserError(f"{path} does not exist: {remedy}, or name another with {option}")
+
+
+def _remedy(scale: str, settings: Mapping[str, Any], name: str, path: Path) -> str:
+    """What makes a file that is missing."""
+    key = "transformer" if name == "checkpoint" else name
+    entry = settings.get("checkpoints", {}).get(key)
+    if scale == "tiny":
+        return "run `make tables` first"
+    if entry is None:
+        return "check the path"
+    experiment = next((e for e in options("experiment") if e == f"{scale}-{settings['media']}"), None)
+    if experiment:
+        return f"`rcm download experiment={experiment} --name {key} --out {path}` fetches it"
+    override = f"checkpoints.transformer.source='{entry['source']}'"
+    return f"`rcm download experiment=wan2.1-14b-clips --name transformer {override} --out {path}` fetches it"
+
+
+def _exported(path: Path, known: bool) -> dict[str, Any]:
+    """What an export says of itself; nothing, if the model is known and the file is of another origin."""
+    try:
+        settings = read_settings(path)
+    except UserError:
+        if known:
+            return {}
+        raise
+    if lacking := [key for key in EXPORTED if key not in settings]:
+        raise UserError(f"{path} does not say its {', '.join(lacking)}; export the student again with `rcm export`")
+    return settings
+
+
+# --- Sampling --------------------------------------------------------------------------------------------------------
+
+
+def _with_sampling(arguments: Namespace, settings: Mapping[str, Any], of_teacher: bool) -> dict[str, Any]:
+    """The settings with the options that change how samples are drawn, tried out on a sample of one number."""
+    section = "teacher" if of_teacher else "sampler"
+    names = ("sigma_max", *(("steps", "guidance", "shift", "negative_prompt") if of_teacher else ()))
+    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    changed = {**settings[section], **given}
+    if not of_teacher:
+        for option in ("guidance", "shift", "negative_prompt"):
+            if getattr(arguments, option) is not None:
+                raise UserError(f"--{option.replace('_', '-')} is for teachers: students have their guidance built in")
+    try:
+        if of_teacher:
+            words = {name: changed[name] for name in ("sampler", "steps", "shift", "sigma_max")}
+            teacher_sample(lambda x, r: x, torch.zeros(1, 1), **words)
+            checked(changed["negative_prompt"])
+        else:
+            few_step_times(**changed, steps=4 if arguments.steps is None else arguments.steps)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return {**settings, section: changed}
+
+
+def _placed(arguments: Namespace) -> dict[str, str]:
+    """Device and precision; automatic ones are bfloat16 on a GPU and float32 on a CPU."""
+    device = arguments.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device is cuda, but there is no GPU here; allowed on this machine: cpu or auto")
+    automatic = "bfloat16" if device == "cuda" else "float32"
+    return {"device": device, "precision": automatic if arguments.precision == "auto" else arguments.precision}
+
+
+# --- Size and image --------------------------------------------------------------------------------------------------
+
+
+def _image(arguments: Namespace, settings: Mapping[str, Any]) -> Image.Image | None:
+    network = settings["network"]
+    takes = network["in_channels"] != network["out_channels"]
+    if takes and arguments.image is None:
+        raise UserError("this model makes clips from an image: say which with --image FILE")
+    if not takes and arguments.image is not None:
+        raise UserError("this model takes no image; those that do are wan2.1-i2v-14b and wan2.2-i2v-a14b")
+    return images.read(arguments.image) if takes else None
+
+
+def _size(arguments: Namespace, settings: Mapping[str, Any], image: Image.Image | None) -> sizes.Size:
+    """Width and height: as given, by resolution and aspect ratio, from the image's own, or the model's."""
+    default = settings["width"], settings["height"]
+    resolution, aspect = arguments.resolution, arguments.aspect
+    if arguments.size is not None:
+        if resolution or aspect:
+            raise UserError("--size says all; omit --resolution and --aspect")
+        return arguments.size
+    kind = settings["network"]["kind"]
+    if image is not None and not aspect:
+        area = sizes.named(kind, resolution, "16:9") if resolution else default
+        return sizes.of_image(image.size, area[0] * area[1], sizes.multiples(settings))
+    if not (resolution or aspect):
+        return default
+    if resolution is None:
+        of_default = [name for name in sizes.RESOLUTIONS if default in sizes.LANDSCAPE[kind][name].values()]
+        if not of_default:
+            raise UserError(f"--aspect needs --resolution ({' or '.join(sizes.RESOLUTIONS)}) here, or say --size")
+        resolution = of_default[0]
+    return sizes.named(kind, resolution, aspect or "16:9")
