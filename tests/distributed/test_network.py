@@ -17,13 +17,15 @@ from rcm.sampling import consistency_sample, teacher_sample
 SIZES = {"width": 16, "mlp_width": 32, "layers": 2, "heads": 4, "in_channels": 4, "out_channels": 4, "text_width": 8,
          "time_width": 16, "patch": [1, 1, 1], "time_scale": 10.0}  # fmt: skip
 COSMOS = {key: size for key, size in SIZES.items() if key != "time_width"} | {"adaln_width": 8}
+IMAGE = SIZES | {"in_channels": 7, "image_width": 6}  # image-to-video
 BATCH = 2  # the global one
 
 
 def network(kind="wan", **sizes):
     torch.manual_seed(0)
-    built = networks.build({"kind": kind, **(SIZES if kind == "wan" else COSMOS), **sizes}).double()
-    last = built.head.head if kind == "wan" else built.head.linear
+    settings = {"wan": SIZES, "image": IMAGE, "cosmos": COSMOS}[kind]
+    built = networks.build({"kind": "cosmos" if kind == "cosmos" else "wan", **settings, **sizes}).double()
+    last = built.head.linear if kind == "cosmos" else built.head.head
     nn.init.normal_(last.weight, std=0.3)
     return built
 
@@ -43,11 +45,20 @@ def case(frames=1, times=1):
     )
 
 
+def conditioned(built):
+    """With the image that an image-to-video network needs, the same for all samples."""
+    if getattr(built, "img_emb", None) is None:
+        return built
+    condition, image = (torch.linspace(-1, 1, n, dtype=torch.float64).sin() for n in (27, 24))
+    return networks.Conditioned(built, condition_BCTHW=condition.view(1, 3, 1, 3, 3), image_BLD=image.view(1, 4, 6))
+
+
 def passes(built, inputs):
     """Value and tangent by one forward pass, then the gradients of the value in the parameters and in the latents."""
     x, time, text, tx, ttime, weights = inputs
     x = x.clone().requires_grad_()
-    value, tangent = dual.jvp(lambda a, b: built(a, b, text), (x, time), (tx, ttime), graph=True)
+    model = conditioned(built)
+    value, tangent = dual.jvp(lambda a, b: model(a, b, text), (x, time), (tx, ttime), graph=True)
     (value * weights).sum().backward()
     return value.detach(), tangent, gradients(built), x.grad
 
@@ -144,6 +155,12 @@ def test_a_time_for_every_frame_over_two(ranks):
 @pytest.mark.parametrize("context", [1, 2])
 def test_cosmos_over_two(ranks, context):
     compare(ranks(2, on_ranks, {"context": context}, {"recompute": "blocks"}, 3, 3, "cosmos"), 3, 3, context, "cosmos")
+
+
+@pytest.mark.parametrize("context", [1, 2])
+def test_image_to_video_over_two(ranks, context):
+    results = ranks(2, on_ranks, {"context": context}, {"recompute": "blocks"}, 1, 1, "image")
+    compare(results, context=context, kind="image")
 
 
 def sampled(context):

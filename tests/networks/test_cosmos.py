@@ -1,4 +1,4 @@
-"""The Cosmos-Predict2 transformer against an independent implementation, and its tangents, also in float64."""
+"""The Cosmos-Predict2 transformer: positions, tangents, and what it says of inputs that do not fit."""
 
 import math
 
@@ -11,34 +11,6 @@ from rcm.flow import Wrapped
 from rcm.networks import build, cosmos
 
 SIZES = {"kind": "cosmos", "width": 96, "mlp_width": 160, "layers": 2, "heads": 4, "text_width": 40, "adaln_width": 16}
-RENAMED = {  # names in diffusers -> official names
-    "patch_embed.proj": "x_embedder.proj.1",
-    "time_embed.t_embedder": "t_embedder.1",
-    "time_embed.norm": "t_embedding_norm",
-    "transformer_blocks": "blocks",
-    "norm_out.linear_1": "final_layer.adaln_modulation.1",
-    "norm_out.linear_2": "final_layer.adaln_modulation.2",
-    "proj_out": "final_layer.linear",
-    "norm1.linear_": "adaln_modulation_self_attn.",
-    "norm2.linear_": "adaln_modulation_cross_attn.",
-    "norm3.linear_": "adaln_modulation_mlp.",
-    "attn1": "self_attn",
-    "attn2": "cross_attn",
-    "to_q": "q_proj",
-    "to_k": "k_proj",
-    "to_v": "v_proj",
-    "to_out.0": "output_proj",
-    "norm_q": "q_norm",
-    "norm_k": "k_norm",
-    "ff.net.0.proj": "mlp.layer1",
-    "ff.net.2": "mlp.layer2",
-}
-
-
-def official(name: str) -> str:
-    for theirs, ours in RENAMED.items():
-        name = name.replace(theirs, ours)
-    return name
 
 
 def random(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -51,75 +23,6 @@ def randomised(network: nn.Module) -> nn.Module:
     return network
 
 
-def sinusoid_in_float64(time: Tensor) -> Tensor:
-    angle = time[:, None] * 10000 ** (-torch.arange(48, dtype=torch.float64) / 48)
-    return torch.cat([angle.cos(), angle.sin()], dim=-1)
-
-
-class Twins:
-    """The same weights in this implementation and in that of diffusers, called alike."""
-
-    def __init__(self) -> None:
-        from diffusers import CosmosTransformer3DModel  # slow to import
-
-        self.theirs = randomised(
-            CosmosTransformer3DModel(
-                in_channels=17,  # its own padding mask needs torchvision, to resize it: the channel is given instead
-                concat_padding_mask=False,
-                out_channels=16,
-                num_attention_heads=4,
-                attention_head_dim=24,
-                num_layers=2,
-                mlp_ratio=160 / 96,
-                text_embed_dim=40,
-                adaln_lora_dim=16,
-                rope_scale=(1.0, 4.0, 4.0),
-                extra_pos_embed_type=None,
-            )
-        ).eval()
-        for block in self.theirs.transformer_blocks:
-            for attention in (block.attn1, block.attn2):
-                attention.norm_q.eps = attention.norm_k.eps = 1e-6  # as in the official network; here it is 1e-5
-        self.ours = build(SIZES)
-        self.ours.load_state_dict({official(name): value for name, value in self.theirs.state_dict().items()})
-
-    @torch.no_grad()
-    def __call__(self, latents: Tensor, time: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        masked = torch.cat([latents, torch.zeros_like(latents[:, :1])], dim=1)
-        per_frame = time[:, 0] if time.shape[1] == 1 else time[:, None, :, None, None]
-        theirs = self.theirs(masked, timestep=per_frame, encoder_hidden_states=text, fps=None)
-        return self.ours(latents, time, text), theirs.sample
-
-
-@pytest.fixture(scope="module")
-def twins() -> Twins:
-    return Twins()
-
-
-@pytest.mark.parametrize("steps", [1, 3], ids=["one time", "a time for every frame"])
-def test_equals_the_transformer_of_diffusers(twins: Twins, steps: int) -> None:
-    latents = random(2, 16, 3, 6, 20, seed=1, dtype=torch.float32)  # 10 tokens wide: the stretched positions count
-    time, text = torch.linspace(0.1, 0.99, 2 * steps).view(2, steps), random(2, 7, 40, seed=2, dtype=torch.float32)
-    velocity, expected = twins(latents, time, text)
-    assert (velocity - expected).norm() < 1e-5 * expected.norm()
-
-
-def test_equals_the_transformer_of_diffusers_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One token, which needs no rotary embedding. Where diffusers has float32 always, float64 takes its place."""
-    from diffusers.models.normalization import RMSNorm
-
-    def rms_norm(self: RMSNorm, x: Tensor) -> Tensor:
-        return x / (x.square().mean(-1, keepdim=True) + self.eps).sqrt() * self.weight
-
-    twins = Twins()
-    twins.ours.double(), twins.theirs.double()
-    monkeypatch.setattr(twins.theirs.time_embed.time_proj, "forward", sinusoid_in_float64)
-    monkeypatch.setattr(RMSNorm, "forward", rms_norm)
-    time = torch.tensor([[0.3], [0.95]], dtype=torch.float64)
-    velocity, expected = twins(random(2, 16, 1, 2, 2, seed=1), time, random(2, 7, 40, seed=2))
-    assert (velocity - expected).norm() < 1e-12 * expected.norm()
-
-
 @pytest.mark.parametrize("heads", [1, 4])
 def test_rotary_frequencies_have_the_published_base(heads: int) -> None:
     """10000 · scale^(d / (d - 2)) to the power of -2 k / d, with d channels for the axis: a third of the head."""
@@ -130,20 +33,6 @@ def test_rotary_frequencies_have_the_published_base(heads: int) -> None:
     expected = [base ** (-2 * k / rows) for k in range(rows // 2)]
     assert angles[(size - 2 * rows) // 2 :][: rows // 2].tolist() == pytest.approx(expected, rel=1e-12)
     assert angles[: (size - 2 * rows) // 2].abs().max() == angles[-(rows // 2) :].abs().max() == 0
-
-
-def test_wrapping_is_the_denoiser_of_cosmos(twins: Twins) -> None:
-    """x0 = c_skip x_σ + c_out output(c_in x_σ, c_noise), as the text-to-image pipeline of diffusers has it."""
-    sigma, text = torch.tensor([0.7, 60.0], dtype=torch.float64), random(2, 7, 40, seed=2)
-    x_trig = random(2, 16, 1, 4, 4, seed=3)
-    x_sigma = x_trig * (1 + sigma**2).sqrt().view(-1, 1, 1, 1, 1)
-    t = (sigma / (sigma + 1)).view(-1, 1, 1, 1, 1)
-    masked = torch.cat([x_sigma * (1 - t), torch.zeros(2, 1, 1, 4, 4)], dim=1).float()
-    with torch.no_grad():
-        output = twins.theirs(masked, timestep=t.flatten().float(), encoder_hidden_states=text.float()).sample.double()
-        denoised = Wrapped(twins.ours).denoise(x_trig, sigma.atan(), text)
-    expected = (1 - t) * x_sigma - t * output
-    assert (denoised - expected).norm() < 1e-5 * expected.norm()
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -42,8 +42,13 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"patch": (1, 2, 2)}, {"patch": (1, 1, 1), "positions": (3, 4, 4)}],
-    ids=["official layout", "absolute positions"],
+    [
+        {"patch": (1, 2, 2)},
+        {"patch": (1, 1, 1), "positions": (3, 4, 4)},
+        {"in_channels": 8, "image_width": 10},
+        {"in_channels": 8},
+    ],
+    ids=["official layout", "absolute positions", "Wan2.1 image-to-video", "Wan2.2 image-to-video"],
 )
 @pytest.mark.parametrize("per_frame", [False, True])
 def test_dual_pass_is_func_jvp_with_plain_attention(
@@ -52,10 +57,12 @@ def test_dual_pass_is_func_jvp_with_plain_attention(
     network = build(**changes)
     latents, text = random(2, 3, 3, 4, 4), random(2, 5, 6, seed=1)
     time = random(2, 3 if per_frame else 1, seed=2).abs()
+    image = random(2, 7, 10, seed=6) if "image_width" in changes else None
+    given = [None, random(2, 5, 3, 4, 4, seed=5), image] if "in_channels" in changes else []
     tangents = random(2, 3, 3, 4, 4, seed=3), random(*time.shape, seed=4)
-    result = dual.jvp(lambda x, t: network(x, t, text), (latents, time), tangents)
-    monkeypatch.setattr(wan, "attention", plain_attention)
-    expected = torch.func.jvp(lambda x, t: network(x, t, text), (latents, time), tangents)
+    result = dual.jvp(lambda x, t: network(x, t, text, *given), (latents, time), tangents)
+    monkeypatch.setattr(wan.Attention, "attend", staticmethod(plain_attention))
+    expected = torch.func.jvp(lambda x, t: network(x, t, text, *given), (latents, time), tangents)
     for value, exact in zip(result, expected, strict=True):
         assert exact.norm() > 0.1
         assert (value - exact).norm() < 1e-10 * exact.norm()
