@@ -7,6 +7,7 @@ classes and nothing else.
 Whatever the number of ranks that wrote a folder, any other number reads it, each rank only the chunks that it needs.
 """
 
+import hashlib
 import pickle
 import warnings
 from collections.abc import Callable, Mapping
@@ -18,8 +19,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -27,7 +29,8 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from rcm.artefact import MANIFEST, UserError, atomic_folder, read_json, reason, sha256_file, write_json
-from rcm.checkpoints.flat import State, check_fit, checked, packed, some, state_sha256
+from rcm.checkpoints.flat import State, add_to_digest, check_fit, checked, some, state_sha256
+from rcm.checkpoints.lazy import LazyState, lazy
 from rcm.collective import everywhere
 
 
@@ -69,7 +72,16 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 class _Reader(FileSystemReader):
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+    """Reads the metadata once, however often it is used."""
+
+    known: Metadata | None = None
+
+    def read_settings(self, *args: Any, **kwargs: Any) -> Metadata:
+        if self.known is None:
+            self.known = self._read_settings()
+        return self.known
+
+    def _read_settings(self) -> Metadata:
         with (Path(self.path) / _METADATA).open("rb") as file:
             metadata = _MetadataUnpickler(file).load()
         if not isinstance(metadata, Metadata):
@@ -111,11 +123,26 @@ class _Writer(FileSystemWriter):
         self.complete(hashes | {_METADATA: sha256_file(Path(self.path, _METADATA))})
 
 
+class _Planner(DefaultSavePlanner):
+    """Gets each tensor where it is written, instead of all before: the state to save holds none."""
+
+    def __init__(self, resolve: Callable[[str], Tensor]):
+        super().__init__()
+        self.resolve = resolve
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        return self.resolve(index.fqn)
+
+
 # --- Parts -----------------------------------------------------------------------------------------------------------
 
 
 def write_parts(
-    folder: Path, state: Mapping[str, Tensor], group: Any, complete: Callable[[dict[str, str]], None]
+    folder: Path,
+    state: Mapping[str, Tensor],
+    group: Any,
+    complete: Callable[[dict[str, str]], None],
+    planner: SavePlanner | None = None,
 ) -> None:
     """Write tensors and DTensors in host memory; collective over `group` (None: alone), whose use it must have alone.
 
@@ -123,16 +150,25 @@ def write_parts(
     """
     _single_process_is_meant()
     try:
-        save(dict(state), storage_writer=_Writer(folder, complete), process_group=group, no_dist=group is None)
+        save(
+            dict(state),
+            storage_writer=_Writer(folder, complete),
+            planner=planner,
+            process_group=group,
+            no_dist=group is None,
+        )
     except CheckpointException as error:
         raise _cause(error) from error
 
 
-def read_parts(folder: Path, state: Mapping[str, Tensor]) -> None:
-    """Fill tensors and DTensors in place, each rank for itself; a chunk is in memory as a whole while it is read."""
+def read_parts(folder: Path, state: Mapping[str, Tensor], reader: FileSystemReader | None = None) -> None:
+    """Fill tensors and DTensors in place, each rank for itself; a chunk is in memory as a whole while it is read.
+
+    A `reader` that is given again knows the folder's metadata already.
+    """
     _single_process_is_meant()
     try:
-        load(dict(state), storage_reader=_Reader(folder), no_dist=True)
+        load(dict(state), storage_reader=reader or _Reader(folder), no_dist=True)
     except CheckpointException as error:
         raise _cause(error) from error
 
@@ -142,7 +178,7 @@ def described(folder: Path, files: Mapping[str, str]) -> State:
 
     `files` are those that were verified; a ValueError where the folder rests on others.
     """
-    metadata = _Reader(folder).read_metadata()
+    metadata = _Reader(folder).read_settings()
     needed = {_METADATA, *(item.relative_path for item in (metadata.storage_data or {}).values())}
     if unknown := sorted(needed - files.keys()):
         raise ValueError(f"{some(unknown)} not in {MANIFEST}")
@@ -178,32 +214,67 @@ def _single_process_is_meant() -> None:
 # --- Checkpoints -----------------------------------------------------------------------------------------------------
 
 
-def save_dcp(folder: Path | str, state: State, mesh: Ranks | None = None) -> None:
+def save_dcp(folder: Path | str, state: Mapping[str, Tensor], mesh: Ranks | None = None) -> None:
     """Write a flat state as a DCP folder, replacing an older one.
 
-    With a `mesh` all ranks call it, each with its DTensors; each writes its part. Equal states get the same content
-    hash however they are sharded.
+    Alone it is written one tensor at a time, so that a lazy state may be larger than the memory. With a `mesh` all
+    ranks call it, each with its DTensors; each writes its part. Equal states get the same content hash however they
+    are sharded.
     """
-    parts = packed(checked(state, "the state to save"))
+    if mesh is not None and mesh.group is not None:
+        _save_sharded(folder, state, mesh)
+        return
+    tensors, digest, order = lazy(state, "the state to save"), hashlib.sha256(), list[str]()
+
+    def resolve(name: str) -> Tensor:
+        value = tensors[name]
+        add_to_digest(digest, name, value)
+        order.append(name)
+        return value
+
+    with atomic_folder(folder) as temporary:
+
+        def complete(files: dict[str, str]) -> None:
+            if order != sorted(tensors):
+                raise RuntimeError("DCP wrote the tensors in another order than the content hash needs")
+            write_json(temporary / MANIFEST, _manifest_of(digest.hexdigest(), files))
+
+        described = {name: tensors.described[name] for name in sorted(tensors)}
+        write_parts(temporary, described, None, complete, _Planner(resolve))
+
+
+def _save_sharded(folder: Path | str, state: Mapping[str, Tensor], mesh: Ranks) -> None:
+    held = checked(state, "the state to save")
+    parts = {name: held[name].clone(memory_format=torch.contiguous_format) for name in sorted(held)}
     content = state_sha256(state)
-    group = None if mesh is None else mesh.group
     with ExitStack() as stack:
 
         def begin() -> Path | None:
-            return stack.enter_context(atomic_folder(folder)) if mesh is None or mesh.rank == 0 else None
+            return stack.enter_context(atomic_folder(folder)) if mesh.rank == 0 else None
 
-        temporary = everywhere(begin, group)[0]
+        temporary = everywhere(begin, mesh.group)[0]
         assert temporary is not None
 
         def complete(files: dict[str, str]) -> None:
-            write_json(temporary / MANIFEST, {"content_sha256": content, "files": dict(sorted(files.items()))})
+            write_json(temporary / MANIFEST, _manifest_of(content, files))
 
-        write_parts(temporary, parts, group, complete)
-        everywhere(stack.close, group)  # rank 0 renames
+        write_parts(temporary, parts, mesh.group, complete)
+        everywhere(stack.close, mesh.group)  # rank 0 renames
+
+
+def _manifest_of(content: str, files: Mapping[str, str]) -> dict[str, Any]:
+    return {"content_sha256": content, "files": dict(sorted(files.items()))}
+
+
+def open_dcp(folder: Path | str) -> LazyState:
+    """A DCP folder as a lazy state; its files are verified first, damage of any kind is a UserError."""
+    folder = Path(folder)
+    state, reader = _described(folder, _verified_manifest(folder)["files"]), _Reader(folder)
+    return LazyState(state, lambda name, out: _read(folder, {name: out}, reader))
 
 
 def load_dcp(folder: Path | str) -> State:
-    """Read a DCP folder, on the CPU and with its data types; damage of any kind is a UserError."""
+    """Read a whole DCP folder, on the CPU and with its data types; damage of any kind is a UserError."""
     folder = Path(folder)
     manifest = _verified_manifest(folder)
     state = {
@@ -246,9 +317,9 @@ def _described(folder: Path, files: Mapping[str, str]) -> State:
         raise _unreadable(folder, error) from error
 
 
-def _read(folder: Path, state: Mapping[str, Tensor]) -> None:
+def _read(folder: Path, state: Mapping[str, Tensor], reader: FileSystemReader | None = None) -> None:
     try:
-        read_parts(folder, state)
+        read_parts(folder, state, reader)
     except Exception as error:  # a damaged file can fail in many ways
         raise _unreadable(folder, error) from error
 

@@ -1,124 +1,238 @@
-"""Checkpoints from elsewhere: a path or an address and a SHA-256 in, a verified file out."""
+"""Checkpoints from elsewhere: a source in, verified files and a manifest out."""
 
 import os
-import shutil
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
-from http.client import HTTPException
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
-from rcm.artefact import UserError, atomic_file, sha256_file
+from rcm.artefact import UserError, beside, content_sha256, read_json, reason, sha256_file, sha256_json, write_json
+from rcm.checkpoints import transfer
+from rcm.checkpoints.origins import Origin, find, is_folder, scheme_of
+from rcm.checkpoints.transfer import journal_of
 
-_CHUNK = 2**20  # bytes
-_TIMEOUT = 30  # seconds without a byte
-_TRIES = 3
+_MANIFEST = ".download.json"
+_PARTIAL = ".download"
 
 
-def download(source: str, sha256: str, out: Path | str) -> None:
-    """Bring `source` to `out`, which then has the given SHA-256.
+def download(source: str, out: Path | str, sha256: str | None = None) -> None:
+    """Bring `source` to `out`, verified, with a manifest `OUT.download.json`.
 
     Args:
-        source: a path relative to the working directory, or a file://, http:// or https:// address.
-        sha256: 64 hexadecimal digits.
-        out: the file to make; nothing is done if it is there already with the right content.
+        source: PATH, file://PATH, http(s)://..., s3://BUCKET/KEY or hf://OWNER/REPO[@REVISION]/PATH. A trailing slash
+            means the whole folder, except over HTTP; so does a pattern on the Hub, such as hf://OWNER/REPO/*.json.
+        out: the file to make, or the folder.
+        sha256: 64 hexadecimal digits, of the file, or of the folder as `rcm.artefact.sha256_folder` has it. Where there
+            is none, that of the Hub's record is compared, and otherwise what came first is recorded in the manifest.
 
-    An interrupted transfer over HTTP goes on where it stopped, also in a later call. Content of another hash never
-    appears under `out`.
+    Files come in parallel parts where the server has ranges. An interrupted transfer, also of a killed process, goes on
+    where it stopped. Nothing unverified appears under `out`; what is there already, and right by the manifest or by
+    `sha256`, is left, and what has changed since its download is a UserError. With HF_HUB_OFFLINE=1 (for the Hub) or
+    RCM_OFFLINE=1 (for all but paths) nothing is fetched: a UserError says which files to put where, and these are
+    accepted.
     """
-    out, sha256 = Path(out), sha256.lower()
-    if len(sha256) != 64 or not set(sha256) <= set("0123456789abcdef"):
+    out, sha256 = Path(out), None if sha256 is None else sha256.lower()
+    if sha256 is not None and (len(sha256) != 64 or not set(sha256) <= set("0123456789abcdef")):
         raise UserError(f"{sha256!r} is not a SHA-256: expected 64 hexadecimal digits")
-    if out.is_file() and sha256_file(out) == sha256:
+    manifest = _manifest(out)
+    if out.exists() and manifest is not None and manifest["source"] == source and sha256 in (None, manifest["sha256"]):
+        verify(out)
         return
-    scheme = urllib.parse.urlsplit(source).scheme
-    if scheme in ("http", "https"):
-        _fetch(source, sha256, out)
-    elif scheme in ("", "file"):
-        _copy(source, sha256, out)
-    else:
-        raise UserError(f"cannot download from {source!r}: expected a path or a file://, http:// or https:// address")
+    if _offline(source):
+        _accept(source, out, sha256, manifest)
+        return
+    if sha256 is not None and out.exists() and content_sha256(out) == sha256:
+        _record(source, out, None, _hashes(out, is_folder(source)))
+        return
+    origin = _found(source, out, sha256)
+    files = _already(origin, out) or _fetch(origin, source, out, sha256)
+    _record(source, out, origin.revision, files)
 
 
-def _copy(source: str, sha256: str, out: Path) -> None:
-    parts = urllib.parse.urlsplit(source)
-    path = Path(urllib.request.url2pathname(parts.path)) if parts.scheme == "file" else Path(source)
-    if not path.is_file():
-        raise UserError(f"{path} does not exist; put the file with SHA-256 {sha256} there")
-    with atomic_file(out) as temporary:
-        shutil.copyfile(path, temporary)
-        _verify(temporary, sha256, str(path))
+def verify(path: Path | str, whole: bool = True) -> str | None:
+    """SHA-256 of a file or folder (`content_sha256`), which is compared with the manifest of its download.
+
+    Without `whole`, None for what has no manifest, unread. What has changed since its download is a UserError.
+    """
+    path = Path(path)
+    manifest = _manifest(path)
+    if manifest is None:
+        return content_sha256(path) if whole else None
+    for name, known in manifest["files"].items():
+        file = path / name if name else path
+        if not file.is_file() or file.stat().st_size != known["size"] or sha256_file(file) != known["sha256"]:
+            what = "has changed since" if file.is_file() else "is missing since"
+            raise UserError(
+                f"{file} {what} it was downloaded from {manifest['source']}: remove {path} to fetch it again, or "
+                f"{beside(path, _MANIFEST)} to keep it as it is"
+            )
+    return manifest["sha256"]
 
 
-def _verify(path: Path, sha256: str, origin: str) -> None:
-    if (actual := sha256_file(path)) != sha256:
+Files = dict[str, dict[str, Any]]  # size and SHA-256 by path in a folder, or of the one file under ""
+
+
+# --- Manifests -------------------------------------------------------------------------------------------------------
+
+
+def _manifest(out: Path) -> dict[str, Any] | None:
+    path = beside(out, _MANIFEST)
+    if not path.exists():
+        return None
+    manifest = read_json(path)
+    try:
+        known = {name: {"size": int(f["size"]), "sha256": str(f["sha256"])} for name, f in manifest["files"].items()}
+        return {"source": manifest["source"], "sha256": manifest["sha256"], "files": known}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged: remove it to download {out.name} again") from error
+
+
+def _hashes(out: Path, folder: bool) -> Files:
+    files = {file.relative_to(out).as_posix(): file for file in sorted(out.rglob("*")) if file.is_file()}
+    return {name: _hashed(file) for name, file in (files if folder else {"": out}).items()}
+
+
+def _hashed(file: Path) -> dict[str, Any]:
+    return {"size": file.stat().st_size, "sha256": sha256_file(file)}
+
+
+def _identity(files: Files) -> str:
+    """What `content_sha256` says of a file or folder with these."""
+    if "" in files:
+        return files[""]["sha256"]
+    return sha256_json([[name, known["sha256"]] for name, known in sorted(files.items())])
+
+
+def _record(source: str, out: Path, revision: str | None, files: Files) -> None:
+    write_json(
+        beside(out, _MANIFEST),
+        {"source": source, "revision": revision, "sha256": _identity(files), "files": files},
+    )
+
+
+# --- Without a network -----------------------------------------------------------------------------------------------
+
+
+def _offline(source: str) -> bool:
+    def on(name: str) -> bool:
+        return os.environ.get(name, "").lower() in ("1", "on", "yes", "true")
+
+    scheme = scheme_of(source)
+    return scheme not in ("", "file") and (on("RCM_OFFLINE") or (scheme == "hf" and on("HF_HUB_OFFLINE")))
+
+
+def _accept(source: str, out: Path, sha256: str | None, manifest: dict[str, Any] | None) -> None:
+    """Take what was put at `out` by hand."""
+    there = out.is_dir() and any(out.iterdir()) if is_folder(source) else out.is_file()
+    if not there:
         raise UserError(
-            f"{origin} has SHA-256 {actual}, expected {sha256}: it is damaged, or not the file that was meant"
+            f"downloads are switched off (RCM_OFFLINE, HF_HUB_OFFLINE): {_wanted(source, out, sha256, manifest)}"
         )
+    files = _hashes(out, is_folder(source))
+    if sha256 not in (None, _identity(files)):
+        raise UserError(f"{out} has SHA-256 {_identity(files)}, expected {sha256}; put {source} there")
+    _record(source, out, None, files)
 
 
-def _fetch(url: str, sha256: str, out: Path) -> None:
-    """Append to `.NAME.SHA.download` beside `out` until complete, verify, and rename."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.{sha256[:8]}.download")
-    resumed = partial.exists()
-    _transfer(url, sha256, partial, out)
-    try:
-        _verify(partial, sha256, url)
-    except UserError:
-        partial.unlink()
-        if not resumed:
-            raise
-        _transfer(url, sha256, partial, out)  # the earlier part may have been of another version of the file
+def _wanted(source: str, out: Path, sha256: str | None, manifest: dict[str, Any] | None = None) -> str:
+    """Which files to put where."""
+    if manifest is not None and manifest["source"] == source:
+        files = {out / name if name else out: known for name, known in manifest["files"].items()}
+        listed = (f"{path} ({known['size']} bytes, SHA-256 {known['sha256']})" for path, known in files.items())
+        return f"put the files of {source} there: {', '.join(listed)}"
+    known = f" with SHA-256 {sha256}" if sha256 else ""
+    if is_folder(source):
+        return f"put the files of {source}{known} into the folder {out} and run again"
+    return f"put the file {source}{known} at {out} and run again"
+
+
+# --- With one --------------------------------------------------------------------------------------------------------
+
+
+def _found(source: str, out: Path, sha256: str | None) -> Origin:
+    """What is at the source, with a few tries."""
+    for attempt in range(transfer.TRIES_TO_FIND):
         try:
-            _verify(partial, sha256, url)
-        except UserError:
-            partial.unlink()
-            raise
-    partial.replace(out)
-
-
-def _transfer(url: str, sha256: str, partial: Path, out: Path) -> None:
-    """Fetch what `partial` lacks, with a few tries; what has arrived is kept for the next call."""
-    for attempt in range(_TRIES):
-        try:
-            _transfer_once(url, partial)
-            return
-        except (OSError, HTTPException) as error:
-            refused = isinstance(error, urllib.error.HTTPError) and error.code < 500
-            if refused or attempt == _TRIES - 1:
+            return find(source)
+        except transfer.PASSING as error:
+            if attempt == transfer.TRIES_TO_FIND - 1:
                 raise UserError(
-                    f"cannot download {url} ({error}); without a network, put the file with SHA-256 {sha256} at {out}"
-                    " and run again"
+                    f"cannot reach {source} ({reason(error)}); without a network, {_wanted(source, out, sha256)}"
                 ) from error
-            time.sleep(2**attempt)
+            time.sleep(transfer.DELAY * 2**attempt)
+    raise AssertionError
 
 
-def _transfer_once(url: str, partial: Path) -> None:
-    done = partial.stat().st_size if partial.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
-    try:
-        response = urllib.request.urlopen(request, timeout=_TIMEOUT)
-    except urllib.error.HTTPError as error:
-        if error.code == 416 and done:  # nothing after what is there: complete, or not of this file; the hash decides
-            return
-        raise
-    with response:
-        continued = response.status == 206
-        length = response.headers.get("Content-Length")
-        start = done if continued else 0
-        total = start + int(length) if length else None
-        with (
-            partial.open("ab" if continued else "wb") as file,
-            tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=partial.name, disable=None) as bar,
-        ):
-            while chunk := response.read(_CHUNK):
-                file.write(chunk)
-                bar.update(len(chunk))
-            file.flush()
-            os.fsync(file.fileno())
-    if total is not None and partial.stat().st_size < total:
-        raise ConnectionError(f"connection lost after {partial.stat().st_size} of {total} bytes")
+def _already(origin: Origin, out: Path) -> Files | None:
+    """The files at `out`, where they are what the origin says it has, by the hashes that it names."""
+    places = {name: out / name if name else out for name in origin.files}
+    for name, remote in origin.files.items():
+        if remote.sha256 is None or not places[name].is_file() or places[name].stat().st_size != remote.size:
+            return None
+    files = {name: _hashed(file) for name, file in places.items()}
+    return files if all(files[name]["sha256"] == remote.sha256 for name, remote in origin.files.items()) else None
+
+
+def _fetch(origin: Origin, source: str, out: Path, sha256: str | None) -> Files:
+    """Fetch all files beside `out`, verify them, and rename."""
+    if folder := is_folder(source):
+        if out.is_file() or (out.is_dir() and any(out.iterdir())):
+            raise UserError(
+                f"{out} is there already and is not what {source} holds: remove it, or choose another place"
+            )
+    elif out.is_dir():
+        raise UserError(f"{out} is a folder, but {source} is one file: remove it, or choose another name")
+    staging = out.with_name(f".{out.name}{_PARTIAL}")
+    places = {name: staging / name if folder else staging for name in origin.files}
+    total = sum(remote.size or 0 for remote in origin.files.values()) or None
+    with tqdm(total=total, unit="B", unit_scale=True, desc=out.name, disable=None) as bar:
+        fetch = _Fetch(bar, _wanted(source, out, sha256))
+        files = {
+            name: fetch(remote, places[name], remote.sha256 if folder or sha256 is None else sha256)
+            for name, remote in origin.files.items()
+        }
+    if folder and sha256 not in (None, actual := _identity(files)):
+        raise UserError(f"{source} has SHA-256 {actual}, expected {sha256}: it is not the folder that was meant")
+    if folder:
+        for partial in places.values():
+            journal_of(partial).unlink()
+        if out.is_dir():
+            out.rmdir()
+    staging.replace(out)
+    if not folder:
+        journal_of(staging).unlink()
+    return files
+
+
+@dataclass(frozen=True)
+class _Fetch:
+    """Fetch a file and verify it; once more from the beginning where it was resumed and turns out wrong."""
+
+    bar: tqdm
+    wanted: str  # what to do without a network
+
+    def __call__(self, remote: transfer.Remote, partial: Path, sha256: str | None) -> dict[str, Any]:
+        before = self.bar.n
+        try:
+            resumed = transfer.transfer(remote, partial, self.bar.update)
+        except transfer.PASSING as error:
+            if transfer.lasting(error):
+                raise
+            raise UserError(
+                f"cannot fetch {remote.address} ({reason(error)}); what has arrived is kept, run again to go on; "
+                f"without a network, {self.wanted}"
+            ) from error
+        found = _hashed(partial)
+        if sha256 in (None, found["sha256"]):
+            return found
+        partial.unlink()
+        journal_of(partial).unlink()
+        if resumed:
+            self.bar.update(before - self.bar.n)
+            return self(remote, partial, sha256)
+        raise UserError(
+            f"{remote.address} has SHA-256 {found['sha256']}, expected {sha256}: it is damaged, or not the file that "
+            "was meant"
+        )

@@ -29,23 +29,27 @@ def checked(state: Any, where: str) -> State:
     return {key: value.detach().cpu() for key, value in state.items()}
 
 
-def packed(state: Mapping[str, Tensor]) -> State:
-    """Copies of the tensors, each contiguous in a storage of its own, in the order of their names."""
-    return {key: state[key].clone(memory_format=torch.contiguous_format) for key in sorted(state)}
-
-
 def state_sha256(state: Mapping[str, Tensor]) -> str:
     """SHA-256 over names, types, shapes and bits of all tensors: the identity of a checkpoint in any file format.
 
     Tensors sharded over ranks are gathered one at a time; all ranks call this, and get what one process would.
     """
     digest = hashlib.sha256()
-    for key in sorted(state):
-        value = state[key].detach()
-        whole = (value.full_tensor() if isinstance(value, DTensor) else value).cpu().contiguous()
-        digest.update(json.dumps([key, str(whole.dtype), list(whole.shape)]).encode())
-        digest.update(whole.reshape(-1).view(torch.uint8).numpy().data)
+    for name in sorted(state):
+        value = state[name].detach()
+        add_to_digest(digest, name, value.full_tensor() if isinstance(value, DTensor) else value)
     return digest.hexdigest()
+
+
+def add_to_digest(digest: Any, name: str, value: Tensor) -> None:
+    """One tensor's share of `state_sha256`, which takes them in the order of their names."""
+    digest.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
+    digest.update(raw(value.cpu().contiguous()))
+
+
+def raw(value: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, in its own memory."""
+    return value.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
 def some(names: list[str]) -> str:
