@@ -72,6 +72,39 @@ def test_one_target_needs_its_own_jobs_only(snakemake: Run) -> None:
     assert not {"table1", "report", "figure_samples"} & set(found)
 
 
+REAL = {"transformer", "codec", "text", "tokenizer", "prompts_train"}  # downloads of every real scale
+SCALES = {  # scale: students, further downloads
+    "wan2.1-1.3b": (2, {"synthesizer", "prompts_report"}),
+    "wan2.1-14b": (1, {"prompts_report"}),
+    "wan2.1-1.3b-reference": (1, {"synthesizer", "prompts_report"}),
+    "wan2.1-14b-reference": (1, {"prompts_report"}),
+    "cosmos-predict2-0.6b": (2, set()),
+    "cosmos-predict2-2b": (2, set()),
+    "cosmos-predict2-14b": (1, set()),
+}
+
+
+QUICK = ("wan2.1-1.3b", "cosmos-predict2-14b")
+
+
+@pytest.mark.parametrize("scale", [pytest.param(s, marks=[] if s in QUICK else pytest.mark.slow) for s in SCALES])
+def test_the_scales_of_the_paper(snakemake: Run, scale: str) -> None:
+    students, downloads = SCALES[scale]
+    found = jobs(snakemake("-n", "--config", f"scale={scale}"))
+    assert {name for name in found if name.startswith("download_")} == {f"download_{name}" for name in REAL | downloads}
+    assert found.get("convert_synthesizer", 0) == ("synthesizer" in downloads)
+    assert (found["distill"], found["export"], found["synthesize"]) == (students, students, 977)
+    parts = found["sample_teacher"]
+    assert found["sample_student"] == students * 3 * parts  # one, two and four steps
+    assert found["embed"] == 977 + parts + 1  # of training, of what is sampled, and of the previews
+
+
+def test_a_scale_for_less(snakemake: Run) -> None:
+    """Keys of the command line go before those of the scale, and those before the common ones."""
+    found = jobs(snakemake("-n", "--config", "scale=cosmos-predict2-2b", "methods=[rcm]", "scatter={synthesize: 4}"))
+    assert (found["distill"], found["synthesize"]) == (1, 4)
+
+
 def test_lint(snakemake: Run) -> None:
     run = snakemake("--lint")
     assert run.returncode == 0, run.stdout + run.stderr
@@ -81,9 +114,17 @@ def test_lint(snakemake: Run) -> None:
     ("words", "message"),
     [
         (("foo=1",), r"configuration key 'foo' \(given: 1\) is unknown; allowed: scale, methods"),
-        (("scale=cosmos",), r"configuration key 'scale' is \"cosmos\"; allowed: the scales .*tiny"),
+        (
+            ("scale=cosmos",),
+            r"configuration key 'scale' is \"cosmos\"; allowed: the scales .*cosmos-predict2-0.6b, .*tiny",
+        ),
         (("overrides=[teacher.step=3]",), r"'teacher.step' .* did you mean 'teacher.steps'"),
-        (("steps=[8]",), r"configuration key 'steps' is \[8\]; .*sampler.mid_times"),
+        (("steps=[5, 8]",), r"configuration key 'steps' contains 5; .*up to 4 steps for images, .*mid_times .*and 8"),
+        (
+            ("scale=cosmos-predict2-2b", "tables=[table2]"),
+            r"'tables' contains \"table2\", which is made of clips; .*images only",
+        ),
+        (("scale=wan2.1-14b", "overrides=[frames=80]"), r"'frames' is 80; allowed: .*1 \+ a multiple of codec.stride"),
         (("overrides=[distillation.student_updates=50]",), r"'distillation.scm_only' is 200; .*student_updates \(50\)"),
         (('overrides=["sampler.mid_times=[1.3]"]', "steps=[1]"), r"'objective.rollout_times' is \[1.3\]"),
         (("nproc=0",), r"'nproc' is 0; allowed: an integer of at least 1"),
@@ -108,7 +149,7 @@ def test_a_mistake_is_one_sentence(snakemake: Run, words: tuple[str, ...], messa
 def trained(snakemake: Run, copy: Path) -> str:
     """One file of a student that Snakemake takes for trained."""
     clips, student = copy / "data/tiny/clips", copy / "data/tiny/clips/rcm-0"
-    for folder in (clips / "teacher", student / "dcp", student / "previews"):
+    for folder in (clips / "teacher", student / "dcp", student / "raw", student / "previews"):
         folder.mkdir(parents=True)
         (folder / "content").touch()
     shards = [f"shards/{k}-of-2.tar{suffix}" for k in (1, 2) for suffix in ("", ".json")]
@@ -155,7 +196,7 @@ def test_a_job_runs_again_when_its_numbers_or_its_code_change(snakemake: Run, co
         run = snakemake("-n", *made, *words)
         assert run.returncode == 0, run.stdout + run.stderr
         output = run.stdout + run.stderr
-        return " ".join(sorted(set(re.findall(r"Draw the prompts `(\w+)`", output)))) or (
+        return " ".join(sorted(set(re.findall(r"Prepare the prompts `(\w+)`", output)))) or (
             "nothing" if "Nothing to be done" in output else output
         )
 

@@ -183,15 +183,16 @@ def overrides(stage, **fixed):
 
 
 def launcher(wildcards, threads):
-    """For params: how a distillation starts, on each of its threads a process with one thread; as `overrides`, free.
+    """For params: how a distillation starts, with a process for each thread, or at scales of real models for each GPU.
 
-    Rounded weights need a launcher even for one process: master weights are FSDP's.
+    Free as `overrides`. Rounded weights need a launcher even for one process: master weights are FSDP's.
     """
     precision = tree(*chosen(wildcards), *config["overrides"])["parallel"]["precision"]
-    if threads == 1 and precision == "float32":
+    processes = config["nproc"] if BIG else threads
+    if processes == 1 and precision == "float32":
         return "python -m rcm"
-    environment = "OMP_NUM_THREADS=1 MKL_NUM_THREADS=1"
-    return f"{environment} python -m rcm.launch --standalone --nproc-per-node {threads} -m rcm"
+    environment = "" if BIG else "OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 "
+    return f"{environment}python -m rcm.launch --standalone --nproc-per-node {processes} -m rcm"
 
 
 def students(media):
@@ -237,6 +238,12 @@ def of_medium(pattern, name):
     return pattern.format(f"{{media}}-{name}" if "{media}" in stored(name) else name)
 
 
+def prompt_file(wildcards):
+    """The downloaded file that a suite takes its prompts from; none where they are drawn."""
+    name = tree(*chosen(wildcards), *config["overrides"])["suites"][wildcards.suite].get("file")
+    return stored(name) if name else []
+
+
 def texts(suite, part):
     """The encoded prompts of a part of a suite, for rules with the wildcard media; none where nothing is encoded."""
     return f"<data>/{{media}}/text/{suite}/{part}.safetensors" if ENCODED else []
@@ -249,7 +256,11 @@ def encoded(wildcards, input):
 
 def scores(media, kind="models"):
     """Score files of the models, or of the controls."""
-    names = [] if media not in MEDIA else models(media) if kind == "models" else [f"{control}-0" for control in config["controls"]]
+    names = (
+        []
+        if media not in MEDIA
+        else models(media) if kind == "models" else [f"{control}-0" for control in config["controls"]]
+    )
     return [f"<results>/{media}/scores/{name}.json" for name in names]
 
 

@@ -1,10 +1,4 @@
 # Data: prompts, their encoding, and latents that a teacher makes of them.
-def prompt_file(wildcards):
-    """The downloaded file that a suite takes its prompts from; none where they are drawn."""
-    name = tree(*chosen(wildcards), *config["overrides"])["suites"][wildcards.suite].get("file")
-    return stored(name) if name else []
-
-
 rule prompts:
     input:
         prompt_file,
