@@ -96,8 +96,11 @@ def _translated(settings: Mapping[str, Any], names: Mapping[str, str]) -> dict[s
 def _looks_like(state: LazyState) -> str | None:
     """The configuration whose network has these names and shapes."""
     for name in options("network"):
-        with torch.device("meta"):
-            own = rcm.networks.build(name).state_dict()
+        try:
+            with torch.device("meta"):
+                own = rcm.networks.build(name).state_dict()
+        except (TypeError, ValueError):  # a size of it is that of an experiment's codec or text
+            continue
         if not misfits(own, state.reshaped(unflattened(own, state.described)).described):
             return name
     return None
