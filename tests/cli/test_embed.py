@@ -17,14 +17,15 @@ from .conftest import Run
 COLORS = ["red", "green", "blue"]
 CAPTIONS = [colors("circle", color)["prompt"] for color in COLORS]
 NEGATIVE = "teacher.negative_prompt=grey"
-T5 = [
-    "experiment=cosmos-predict2-0.6b-images",
+SMALL = [
     "inference.device=cpu",
     "inference.precision=float32",
     "network.text_width=16",
     *(f"text.{key}={value}" for key, value in SIZES.items()),
     "text.tokens=8",
 ]
+T5 = ["experiment=cosmos-predict2-0.6b-images", *SMALL]
+UMT5 = ["experiment=wan2.1-1.3b-clips", "synthesizer.text_width=16", *SMALL]
 
 
 @pytest.fixture
@@ -60,10 +61,25 @@ def test_t5_and_a_part_of_the_prompts(prompts: Path, t5: list[object], run: Run,
     encoder = tiny_encoder("t5", tokens=8)
     encoder.tokenizer = tokenizer(tmp_path / "tokenizer")
     torch.testing.assert_close(read.encode(read.prompts), encoder.encode(read.prompts), rtol=1e-5, atol=1e-6)
-    assert f"longer than 8 tokens and cut: {CAPTIONS[1]!r}" in said
+    assert f"longer than 8 tokens and cut: the prompt {CAPTIONS[1]!r}" in said
     assert read.cut([CAPTIONS[1], ""]) == [0]
     provenance = read_json(out.with_name("text.safetensors.prov.json"))
     assert {item["path"] for item in provenance["inputs"]} == {"prompts.jsonl", "t5.pth", "tokenizer"}
+
+
+def test_umt5_and_the_negative_prompts_of_teacher_and_data(run: Run, tmp_path: Path) -> None:
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "text.safetensors"
+    prompts.write_text("a  red &amp;amp; circle\n\nblur\n")
+    encoder = tiny_encoder("umt5", tokens=8)
+    encoder.tokenizer = tokenizer(write_tokenizer(tmp_path / "tokenizer"))
+    save_pth(tmp_path / "umt5.pth", encoder.state_dict())
+    opened = ["--encoder", tmp_path / "umt5.pth", "--tokenizer", tmp_path / "tokenizer"]
+    negative = ["teacher.negative_prompt=grey", "synthesis.negative_prompt=blur"]
+    run("embed", *UMT5, *negative, "--prompts", prompts, *opened, "--out", out)
+    read = Embeddings(out)
+    assert read.prompts == ["a  red &amp;amp; circle", "blur", "", "grey"]
+    expected = encoder.encode(["a red & circle", "blur", "", "grey"])
+    torch.testing.assert_close(read.encode(read.prompts), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_bfloat16_is_stored_as_such_and_says_the_same_roughly(
@@ -105,7 +121,7 @@ def test_mistakes(prompts: Path, t5: list[object], fail: Run, tmp_path: Path) ->
         "embed", *out, "--encoder", prompts
     )
     assert "4-of-3" in fail("embed", *out, "--part", "4-of-3")
-    assert "t5.pth does not fit the T5Encoder" in fail("embed", *t5, "text.layers=3", *out)
+    assert "t5.pth does not fit the T5Encoder" in fail("embed", *t5, "text.layers=3", "text.tokens=20", *out)
     assert "it belongs to another model" in fail("embed", *t5, "text.vocabulary=32128", *out)
     (tmp_path / "tokenizer" / "tokenizer.json").write_text(json.dumps({}))
     assert "tokenizer.json is damaged" in fail("embed", *t5, *out)

@@ -15,11 +15,11 @@ from rcm.checkpoints import load_weights
 from rcm.cli.config import compose
 from rcm.cli.models import device_of
 from rcm.cli.progress import Progress
-from rcm.data.prompts import read_prompts
+from rcm.data.prompt_files import read_prompt_file
 from rcm.data.shards import part_indices
 from rcm.text import Embeddings, T5Encoder, WordEncoder
 
-_SHOWN = 5  # prompts that are cut
+_SHOWN = 5  # prompts that are cut; the others are counted
 
 
 def embed(arguments: Namespace) -> None:
@@ -44,10 +44,7 @@ def embed(arguments: Namespace) -> None:
             return
         encoder = _built(settings, arguments.encoder, arguments.tokenizer)
         cut = encoder.cut(prompts)
-        for number in cut[:_SHOWN]:
-            print(f"embed: longer than {encoder.tokens} tokens and cut: {prompts[number]!r}", file=sys.stderr)
-        if len(cut) > _SHOWN:
-            print(f"embed: {len(cut) - _SHOWN} more prompts are cut", file=sys.stderr)
+        _say_cut([prompts[number] for number in cut], encoder.tokens)
         if isinstance(encoder, T5Encoder):
             encoder.to(getattr(torch, precision))
             load_weights(encoder, arguments.encoder, device=device_of(config["inference"]["device"]))
@@ -57,7 +54,7 @@ def embed(arguments: Namespace) -> None:
 
 def _prompts(path: Path, part: str | None, config: Mapping[str, Any]) -> list[str]:
     """Different prompts of a file or a part of it, the empty one, and the negative ones of the configuration."""
-    all_of_them = [item["prompt"] for item in read_prompts(path)]
+    all_of_them = [item["prompt"] for item in read_prompt_file(path)]
     chosen = all_of_them if part is None else [all_of_them[index] for index in part_indices(part, len(all_of_them))]
     negative = [config[section]["negative_prompt"] for section in ("teacher", "synthesis")]
     return list(dict.fromkeys([*chosen, "", *negative]))
@@ -85,6 +82,13 @@ def _built(settings: Mapping[str, Any], weights: Path | None, tokenizer: Path | 
     if isinstance(encoder, T5Encoder) and tokenizer is not None:
         encoder.tokenizer = rcm.text.tokenizer(tokenizer)
     return encoder
+
+
+def _say_cut(prompts: Sequence[str], tokens: int) -> None:
+    for prompt in prompts[:_SHOWN]:
+        print(f"embed: longer than {tokens} tokens and cut: the prompt {prompt[:80]!r} ...", file=sys.stderr)
+    if len(prompts) > _SHOWN:
+        print(f"embed: {len(prompts) - _SHOWN} more prompts are cut", file=sys.stderr)
 
 
 def _encoded(encoder: WordEncoder | T5Encoder, prompts: Sequence[str], dtype: torch.dtype) -> Iterator[Tensor]:

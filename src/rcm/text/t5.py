@@ -29,7 +29,7 @@ _UMT5 = (
 )
 _T5 = (("block.", "encoder.block."), ("final_layer_norm.", "encoder.final_layer_norm."), ("embed_tokens.", "shared."))
 
-_SPARE = 1024  # more rows than this are in no token embedding without a token
+_SPARE = 1024  # a token embedding has fewer rows without a token than this
 
 
 class T5Encoder(nn.Module):
