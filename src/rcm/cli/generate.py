@@ -252,6 +252,7 @@ def described(order: Order) -> dict[str, Any]:
             if name in ("checkpoint", "second", "image")
         },
         section: {**settings[section], "steps": order.steps},
+        **({"times": settings["times"]} if "times" in settings else {}),
         **({"boundary": settings["boundary"]} if "second" in order.files else {}),
         **{key: settings[key] for key in ("width", "height", "frames")},
         "seed": order.seed,

@@ -18,12 +18,15 @@ from rcm.data.prompt_files import read_prompt_file
 from rcm.sampling import few_step_times, teacher_sample
 from rcm.tree import options, settings_of
 
+STEPS = 4  # of a student
+
 
 @dataclass(frozen=True)
 class Order:
     """Everything that decides what is made.
 
-    settings    sections as in an experiment: frames, height, width, network, codec, text, sampler or teacher, ...
+    settings    sections as in an experiment: frames, height, width, network, codec, text, sampler or teacher, ...; of a
+                student also `times`
     of_teacher  whether the checkpoint is sampled as a teacher (`settings["teacher"]`) or as a student (`["sampler"]`)
     files       the paths that are needed, by the name of the option
     image       the first frame, for networks that take one
@@ -54,23 +57,25 @@ class Order:
 
 def ordered(arguments: Namespace) -> Order:
     """The order that the options make; UserError for what cannot be."""
-    prompts = [checked(arguments.prompt)] if arguments.prompts is None else _from_file(arguments.prompts)
-    settings, files, of_teacher = _model(arguments)
-    settings = _with_sampling(arguments, settings, of_teacher)
+    if arguments.prompts is None:
+        prompts = [checked(arguments.prompt)]
+    else:
+        prompts = [item["prompt"] for item in read_prompt_file(arguments.prompts)]
+    placed = _placed(arguments)
+    scale, settings, checkpoint = _model(arguments)
+    settings = _with_sampling(arguments, settings)
     image = _image(arguments, settings)
-    width, height = _size(arguments, settings, image)
-    frames = settings["frames"] if arguments.frames is None else arguments.frames
-    sizes.check(settings, (width, height), frames)
+    settings = _with_size(arguments, settings, image)
     return Order(
-        settings={**settings, "width": width, "height": height, "frames": frames},
-        of_teacher=of_teacher,
-        steps=settings["teacher"]["steps"] if of_teacher else (4 if arguments.steps is None else arguments.steps),
+        settings=settings,
+        of_teacher=arguments.teacher,
+        steps=settings["teacher"]["steps"] if arguments.teacher else arguments.steps or STEPS,
         prompts=prompts,
         samples=arguments.samples,
         seed=arguments.seed,
-        files=files,
+        files=_files(arguments, scale, settings, checkpoint),
         image=image,
-        placed=_placed(arguments),
+        placed=placed,
     )
 
 
@@ -83,47 +88,32 @@ def checked(prompt: str) -> str:
     return prompt
 
 
-def _from_file(path: Path) -> list[str]:
-    return [item["prompt"] for item in read_prompt_file(path)]
+# --- Model -----------------------------------------------------------------------------------------------------------
 
 
-# --- Model and files -------------------------------------------------------------------------------------------------
-
-
-def _model(arguments: Namespace) -> tuple[dict[str, Any], dict[str, Path], bool]:
-    """The settings of the model, the files that it needs, and whether it is a teacher."""
-    scale, known = "tiny", dict[str, Any]()
+def _model(arguments: Namespace) -> tuple[str, dict[str, Any], Path]:
+    """The scale that files are looked for under, the settings of the model, and its checkpoint."""
+    scale, settings = "tiny", dict[str, Any]()
     if arguments.model or arguments.teacher or arguments.checkpoint is None:
-        scale, known = named(arguments.model or "tiny")
-    checkpoint = arguments.checkpoint or _checkpoint(scale, known, arguments.teacher)
-    exported = {}
+        scale, settings = named(arguments.model or scale)
+    checkpoint = arguments.checkpoint or _checkpoint(scale, settings, arguments.teacher)
     if not arguments.teacher:
-        _exists(checkpoint, "--checkpoint", "run `make tables` first" if scale == "tiny" else "distil one")
-        exported = _exported(checkpoint, bool(known))
-    settings = known | exported
-    if not known and settings["codec"]["kind"] != "cells" and not arguments.codec:
-        raise UserError(f"{checkpoint} needs its codec and text encoder: say --model NAME, whose files are used")
-    files = {"checkpoint": checkpoint}
-    if arguments.second_checkpoint is not None and "boundary" not in settings and arguments.boundary is None:
-        raise UserError("--second-checkpoint needs --boundary, the time above which the first one is used")
-    needed = {"codec": arguments.codec}
-    if settings.get("boundary") is not None or arguments.boundary is not None:
-        needed["second"] = arguments.second_checkpoint
-        settings["boundary"] = settings["boundary"] if arguments.boundary is None else arguments.boundary
-    if arguments.text is not None:
-        needed["embeddings"] = arguments.text
-    elif settings["text"]["kind"] != "words":
-        needed |= {"text": arguments.text_encoder, "tokenizer": arguments.tokenizer}
-    if settings["network"].get("image_width"):
-        needed["vision"] = arguments.vision
-    for name, given in needed.items():
-        files[name] = given or stored(scale, settings, name)
-    for name, path in files.items():
-        _exists(path, f"--{_OPTIONS.get(name, name)}", _remedy(scale, settings, name, path))
-    return settings, files, arguments.teacher
+        _exists(checkpoint, "checkpoint", "run `make tables` first" if scale == "tiny" else "distil it")
+        settings |= _exported(checkpoint, bool(settings))
+    return scale, settings, checkpoint
 
 
-_OPTIONS = {"second": "second-checkpoint", "text": "text-encoder", "embeddings": "text"}
+def _exported(path: Path, known: bool) -> dict[str, Any]:
+    """What an export says of itself; nothing, if the model is known and the file is of another origin."""
+    try:
+        settings = read_settings(path)
+    except UserError as error:
+        if known:
+            return {}
+        raise UserError(f"{error}; for a checkpoint without settings say --model") from error
+    if lacking := [key for key in EXPORTED if key not in settings]:
+        raise UserError(f"{path} does not say its {', '.join(lacking)}; export the student again with `rcm export`")
+    return settings
 
 
 def named(name: str) -> tuple[str, dict[str, Any]]:
@@ -143,6 +133,34 @@ def named(name: str) -> tuple[str, dict[str, Any]]:
     raise UserError(f"there is no model {name!r}; there are {', '.join(sorted({*scales, *options('model')}))}")
 
 
+# --- Files -----------------------------------------------------------------------------------------------------------
+
+OPTIONS = {"second": "second-checkpoint", "text": "text-encoder", "embeddings": "text"}  # where they are not the name
+
+
+def _files(arguments: Namespace, scale: str, settings: Mapping[str, Any], checkpoint: Path) -> dict[str, Path]:
+    """The files that are needed, as given or where the pipeline puts them; a missing one is a UserError."""
+    wanted: dict[str, Path | None] = {"checkpoint": checkpoint, "codec": arguments.codec}
+    if settings.get("boundary") is not None:
+        wanted["second"] = arguments.second_checkpoint
+    if arguments.text is not None:
+        wanted["embeddings"] = arguments.text
+    elif settings["text"]["kind"] != "words":
+        wanted |= {"text": arguments.text_encoder, "tokenizer": arguments.tokenizer}
+    if settings["network"].get("image_width"):
+        wanted["vision"] = arguments.vision
+    if arguments.image is not None:
+        wanted["image"] = arguments.image
+    files = {}
+    for name, given in wanted.items():
+        option = OPTIONS.get(name, name)
+        if given is None and "checkpoints" not in settings and settings["codec"]["kind"] != "cells":
+            raise UserError(f"{checkpoint} does not say where its other files are: say --{option}, or --model")
+        files[name] = given or stored(scale, settings, name)
+        _exists(files[name], option, _remedy(scale, settings, name, files[name]))
+    return files
+
+
 def _checkpoint(scale: str, settings: Mapping[str, Any], of_teacher: bool) -> Path:
     """Where the pipeline puts a student or a teacher of a scale."""
     folder = Path("data", scale, settings["media"])
@@ -156,67 +174,53 @@ def stored(scale: str, settings: Mapping[str, Any], name: str) -> Path:
     """Where the pipeline puts a download; transformers are of one medium each."""
     own = name in ("transformer", "synthesizer", "second")
     folder = Path("data", scale, *([settings["media"]] if own else []), "checkpoints")
-    source = (settings.get("checkpoints", {}).get(name) or {"source": f"{name}.pth"})["source"]
-    last = source.rpartition("/")[2]
+    last = settings["checkpoints"][name]["source"].rpartition("/")[2] if "checkpoints" in settings else f"{name}.pth"
     return folder / (name if not last or "*" in last else name + Path(last).suffix)
 
 
 def _exists(path: Path, option: str, remedy: str) -> None:
     if not path.exists():
-        raise UserError(f"{path} does not exist: {remedy}, or name another with {option}")
+        raise UserError(f"{path} does not exist: {remedy}, or name another with --{option}")
 
 
 def _remedy(scale: str, settings: Mapping[str, Any], name: str, path: Path) -> str:
     """What makes a file that is missing."""
     key = "transformer" if name == "checkpoint" else name
-    entry = settings.get("checkpoints", {}).get(key)
     if scale == "tiny":
         return "run `make tables` first"
-    if entry is None:
+    if not settings.get("checkpoints", {}).get(key):
         return "check the path"
-    experiment = next((e for e in options("experiment") if e == f"{scale}-{settings['media']}"), None)
-    if experiment:
+    if (experiment := f"{scale}-{settings['media']}") in options("experiment"):
         return f"`rcm download experiment={experiment} --name {key} --out {path}` fetches it"
-    override = f"checkpoints.transformer.source='{entry['source']}'"
-    return f"`rcm download experiment=wan2.1-14b-clips --name transformer {override} --out {path}` fetches it"
-
-
-def _exported(path: Path, known: bool) -> dict[str, Any]:
-    """What an export says of itself; nothing, if the model is known and the file is of another origin."""
-    try:
-        settings = read_settings(path)
-    except UserError:
-        if known:
-            return {}
-        raise
-    if lacking := [key for key in EXPORTED if key not in settings]:
-        raise UserError(f"{path} does not say its {', '.join(lacking)}; export the student again with `rcm export`")
-    return settings
+    words = f"experiment=wan2.1-14b-clips checkpoints.transformer.source='{settings['checkpoints'][key]['source']}'"
+    return f"`rcm download {words} --name transformer --out {path}` fetches it"
 
 
 # --- Sampling --------------------------------------------------------------------------------------------------------
 
 
-def _with_sampling(arguments: Namespace, settings: Mapping[str, Any], of_teacher: bool) -> dict[str, Any]:
+def _with_sampling(arguments: Namespace, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings with the options that change how samples are drawn, tried out on a sample of one number."""
-    section = "teacher" if of_teacher else "sampler"
-    names = ("sigma_max", *(("steps", "guidance", "shift", "negative_prompt") if of_teacher else ()))
-    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
-    changed = {**settings[section], **given}
-    if not of_teacher:
-        for option in ("guidance", "shift", "negative_prompt"):
-            if getattr(arguments, option) is not None:
-                raise UserError(f"--{option.replace('_', '-')} is for teachers: students have their guidance built in")
+    of_teachers = ("steps", "guidance", "shift", "negative_prompt")
+    given = {name: value for name in ("sigma_max", *of_teachers) if (value := getattr(arguments, name)) is not None}
+    if arguments.second_checkpoint is not None and arguments.boundary is None and "boundary" not in settings:
+        raise UserError("--second-checkpoint needs --boundary, the time below which it is used")
+    boundary = {} if arguments.boundary is None else {"boundary": arguments.boundary}
     try:
-        if of_teacher:
-            words = {name: changed[name] for name in ("sampler", "steps", "shift", "sigma_max")}
+        if arguments.teacher:
+            teacher = {**settings["teacher"], **given}
+            checked(teacher["negative_prompt"])
+            words = {name: teacher[name] for name in ("sampler", "steps", "shift", "sigma_max")}
             teacher_sample(lambda x, r: x, torch.zeros(1, 1), **words)
-            checked(changed["negative_prompt"])
-        else:
-            few_step_times(**changed, steps=4 if arguments.steps is None else arguments.steps)
+            return {**settings, **boundary, "teacher": teacher}
+        steps = given.pop("steps", STEPS)
+        if mistaken := next((name for name in of_teachers if name in given), None):
+            raise UserError(f"--{mistaken.replace('_', '-')} is for teachers: students have their guidance built in")
+        sampler = {**settings["sampler"], **given}
+        times = few_step_times(**sampler, steps=steps)
     except ValueError as error:
         raise UserError(str(error)) from error
-    return {**settings, section: changed}
+    return {**settings, **boundary, "sampler": sampler, "times": times}
 
 
 def _placed(arguments: Namespace) -> dict[str, str]:
@@ -241,6 +245,14 @@ def _image(arguments: Namespace, settings: Mapping[str, Any]) -> Image.Image | N
     if not takes and arguments.image is not None:
         raise UserError("this model takes no image; those that do are wan2.1-i2v-14b and wan2.2-i2v-a14b")
     return images.read(arguments.image) if takes else None
+
+
+def _with_size(arguments: Namespace, settings: Mapping[str, Any], image: Image.Image | None) -> dict[str, Any]:
+    """The settings with the size and length of what is made, which codec and network can take."""
+    width, height = _size(arguments, settings, image)
+    frames = settings["frames"] if arguments.frames is None else arguments.frames
+    sizes.check(settings, (width, height), frames)
+    return {**settings, "width": width, "height": height, "frames": frames}
 
 
 def _size(arguments: Namespace, settings: Mapping[str, Any], image: Image.Image | None) -> sizes.Size:
