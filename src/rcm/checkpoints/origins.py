@@ -155,30 +155,30 @@ def _get(url: str, address: str, span: dict[str, str], headers: Mapping[str, str
 
 def _s3(source: str) -> Origin:
     boto3 = _needed("boto3")
+    from botocore import exceptions
     from botocore.config import Config
-    from botocore.exceptions import BotoCoreError, ClientError
 
+    passing = exceptions.HTTPClientError, exceptions.ConnectionError, exceptions.IncompleteReadError
     bucket, _, key = source.removeprefix("s3://").partition("/")
     if not bucket or not (key or is_folder(source)):
         raise UserError(f"{source!r} is no address in S3: expected s3://BUCKET/KEY")
 
     @contextmanager
-    def explained(again: bool = False) -> Iterator[None]:
+    def explained() -> Iterator[None]:
         try:
             yield
-        except ClientError as error:
+        except exceptions.ClientError as error:
             code, status = error.response["Error"]["Code"], error.response["ResponseMetadata"]["HTTPStatusCode"]
-            if again and (status >= 500 or status in _AGAIN):
+            if status >= 500 or status in _AGAIN:
                 raise ConnectionError(reason(error)) from error
             raise UserError(f"cannot fetch {source}: {_S3_REASONS.get(code, reason(error))}") from error
-        except BotoCoreError as error:
-            name = type(error).__name__
-            if again and name not in _S3_REASONS:
-                raise ConnectionError(reason(error)) from error
-            raise UserError(f"cannot fetch {source}: {_S3_REASONS.get(name, reason(error))}") from error
+        except passing as error:
+            raise ConnectionError(reason(error)) from error
+        except exceptions.BotoCoreError as error:
+            raise UserError(f"cannot fetch {source}: {_S3_REASONS.get(type(error).__name__, reason(error))}") from error
 
     with explained():
-        client = boto3.client(
+        client = boto3.session.Session().client(
             "s3", config=Config(connect_timeout=_TIMEOUT, read_timeout=_TIMEOUT, max_pool_connections=16)
         )
         if not is_folder(source):
@@ -194,7 +194,7 @@ def _s3(source: str) -> Origin:
         with explained():
             try:
                 head = client.head_object(Bucket=bucket, Key=key)
-            except ClientError as error:
+            except exceptions.ClientError as error:
                 if error.response["Error"]["Code"] != "404":
                     raise
                 client.get_object(Bucket=bucket, Key=key)["Body"].close()  # its answer says whether key or bucket lack
@@ -202,7 +202,7 @@ def _s3(source: str) -> Origin:
 
         @contextmanager
         def read(start: int, stop: int | None) -> Iterator[Stream]:
-            with explained(again=True):
+            with explained():
                 assert stop is not None
                 span = f"bytes={start}-{stop - 1}"
                 body = client.get_object(Bucket=bucket, Key=key, Range=span, IfMatch=head["ETag"])["Body"]
