@@ -46,7 +46,10 @@ def test_the_tiny_experiment_has_a_plan_too(capsys: pytest.CaptureFixture[str]) 
         (["--gpus", "12"], "--gpus 12 is no multiple of --gpus-per-node 8"),
         (["--gpus", "8", "--memory", "10GiB"], "nothing fits 8 GPUs: the least a rank needs is"),
         (["--gpus", "8", "--memory", "much"], "'much' is no size; expected something like 80GiB"),
-        (["--gpus", "8", "network.in_channels=4"], "configuration key 'network.in_channels' is 4; allowed: codec.channels"),
+        (
+            ["--gpus", "8", "network.in_channels=4"],
+            "'network.in_channels' is 4; allowed: codec.channels",
+        ),
         (["--gpus", "8", "distillation.ema=0.5"], "configuration key 'distillation.ema' is 0.5; allowed: a number"),
     ],
 )

@@ -6,7 +6,7 @@ from rcm.artefact import UserError, recording, write_json
 from rcm.cli.config import compose
 from rcm.cli.models import latent_shape, noise_of, student, teacher
 from rcm.cli.progress import Progress
-from rcm.data.prompts import read_prompts
+from rcm.data.prompt_files import read_prompt_file
 from rcm.evaluation.precision import middles, rounding_errors
 
 
@@ -25,7 +25,7 @@ def precision(arguments: Namespace) -> None:
         shape, made = latent_shape(config), latent_shape(measured.settings)
         if made != shape:
             raise UserError(f"{arguments.checkpoint} makes latents of shape {made}, but the experiment {shape}")
-        captions = [caption["prompt"] for caption in read_prompts(arguments.prompts)]
+        captions = [caption["prompt"] for caption in read_prompt_file(arguments.prompts)]
         apart = max(1, len(captions) // settings["samples"])  # so that every task has its share
         jobs = [(prompt, 0) for prompt in range(0, len(captions), apart)][: settings["samples"]]
         encoded = guide.encoder.encode([captions[prompt] for prompt, _ in jobs])

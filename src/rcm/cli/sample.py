@@ -18,7 +18,8 @@ from rcm.cli.pictures import encode
 from rcm.cli.progress import Progress
 from rcm.codecs import from_pixels, to_pixels
 from rcm.data import world
-from rcm.data.prompts import Metadata, read_prompts
+from rcm.data.prompt_files import read_prompt_file
+from rcm.data.prompts import Metadata
 
 Maker = Callable[[Sequence[Job]], np.ndarray]  # jobs -> frames, uint8 (B, T, H, W, 3)
 
@@ -35,7 +36,7 @@ def sample(arguments: Namespace) -> None:
     given = (arguments.checkpoint, arguments.codec, arguments.prompts, arguments.text)
     inputs = [path for path in given if path is not None]
     with recording(arguments.out, stage="sample", inputs=inputs, config=numbers, seed=suite["seed"]) as facts:
-        captions = read_prompts(arguments.prompts)
+        captions = read_prompt_file(arguments.prompts)
         make = _maker(arguments, config, captions, suite["seed"])
         jobs = jobs_of(arguments.part, len(captions), suite["samples"])
         seconds = 0.0

@@ -147,7 +147,7 @@ def _previewer(config: Mapping[str, Any], encoder: Any, codec_path: Path, folder
     if config["distillation"]["preview_every"] == 0:
         return None
     sampler, suite, shape = config["sampler"], config["suites"]["dev"], latent_shape(config)
-    prompts = encoder.prompts if isinstance(encoder, rcm.text.Embeddings) else _tasks(config)
+    prompts = _encoded(encoder, config) if isinstance(encoder, rcm.text.Embeddings) else _tasks(config)
     jobs = jobs_of("1-of-1", len(prompts), suite["samples"])
     text_BLD = encoder.encode([prompts[prompt] for prompt, _ in jobs]).to(mesh.device)
     times = few_step_times(**sampler, steps=1 + len(sampler["mid_times"]))
@@ -162,6 +162,12 @@ def _previewer(config: Mapping[str, Any], encoder: Any, codec_path: Path, folder
                 path.write_bytes(png(grid(frames.reshape(len(prompts), suite["samples"], *frames.shape[1:]))))
 
     return preview
+
+
+def _encoded(encoder: rcm.text.Embeddings, config: Mapping[str, Any]) -> list[str]:
+    """The prompts that were encoded before, without those of guidance."""
+    guiding = {"", *(config[section]["negative_prompt"] for section in ("teacher", "synthesis"))}
+    return [prompt for prompt in encoder.prompts if prompt not in guiding]
 
 
 def _tasks(config: Mapping[str, Any]) -> list[str]:

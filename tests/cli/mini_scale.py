@@ -1,0 +1,181 @@
+"""A scale of real models in miniature: every format and every kind of network, with random weights."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import yaml
+from tests.text.tiny import SIZES, tiny_encoder, write_tokenizer
+from torch import nn
+
+import rcm.codecs
+import rcm.networks
+
+ROOT = Path(__file__).parents[2]
+CODEC = {
+    "kind": "wan-vae",
+    "channels": 4,
+    "cell": 8,
+    "stride": 4,
+    "width": 4,
+    "multipliers": [1, 1, 1, 1],
+    "blocks": 1,
+    "mean": [0.1, -0.2, 0.3, 0.0],
+    "std": [1.0, 2.0, 0.5, 1.5],
+}
+WAN = {
+    "kind": "wan",
+    "width": 24,
+    "mlp_width": 32,
+    "layers": 2,
+    "heads": 2,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_width": 16,
+    "time_width": 8,
+    "patch": [1, 2, 2],
+    "time_scale": 1000.0,
+    "positions": None,
+}
+COSMOS = {
+    "kind": "cosmos",
+    "width": 24,
+    "mlp_width": 32,
+    "layers": 2,
+    "heads": 2,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_width": 16,
+    "adaln_width": 8,
+    "patch": [1, 2, 2],
+    "rope_scale": [1.0, 4.0, 4.0],
+    "time_scale": 1.0,
+}
+PROMPTS = ["a red circle", "a blue, red circle", "red & blue", "a circle", "circles"]
+EXPERIMENTS = {  # miniature: what it is one of
+    "mini-clips": "wan2.1-1.3b-clips",
+    "mini-images": "cosmos-predict2-0.6b-images",
+}
+
+
+def write(folder: Path) -> Path:
+    """Write checkpoints as they are published, and a configuration of the scale `mini`; returns its folder."""
+    files = folder / "published"
+    files.mkdir(parents=True)
+    sources: dict[str, dict[str, Path | None]] = {media: {} for media in ("clips", "images")}
+    torch.manual_seed(0)
+    safetensors.torch.save_file(_random(WAN).state_dict(), files / "wan.safetensors")
+    parts = sorted(_random(WAN).state_dict().items())
+    (files / "large").mkdir()
+    for number, half in enumerate((parts[::2], parts[1::2]), 1):
+        safetensors.torch.save_file(
+            dict(half), files / "large" / f"diffusion_pytorch_model-0000{number}-of-00002.safetensors"
+        )
+    index = {name: f"diffusion_pytorch_model-0000{1 + k % 2}-of-00002.safetensors" for k, (name, _) in enumerate(parts)}
+    index_file = files / "large" / "diffusion_pytorch_model.safetensors.index.json"
+    index_file.write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    state = {f"net.{name}": value.bfloat16() for name, value in _random(COSMOS).state_dict().items()}
+    torch.save({**state, "net.blocks.0.self_attn.q_norm._extra_state": torch.zeros(0)}, files / "model.pt")
+    torch.save(_random_codec().state_dict(), files / "vae.pth")
+    torch.save(tiny_encoder("umt5").bfloat16().state_dict(), files / "umt5.pth")
+    t5 = tiny_encoder("t5", seed=1).state_dict()
+    torch.save({**t5, "decoder.block.0.weight": torch.ones(2), "lm_head.weight": torch.ones(2)}, files / "t5.bin")
+    write_tokenizer(files / "tokenizer")
+    (files / "prompts.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
+
+    sources["clips"] = {
+        "transformer": files / "wan.safetensors",
+        "synthesizer": files / "large",
+        "text": files / "umt5.pth",
+    }
+    sources["images"] = {"transformer": files / "model.pt", "text": files / "t5.bin"}
+    config = folder / "config"
+    shutil.copytree(ROOT / "config", config)
+    for name, whole in EXPERIMENTS.items():
+        media = name.removeprefix("mini-")
+        shared = {"codec": files / "vae.pth", "tokenizer": files / "tokenizer"}
+        shared |= dict.fromkeys(("prompts_train", "prompts_report"), files / "prompts.txt")
+        checkpoints = {
+            key: {"source": f"{path}/" if path.is_dir() else str(path), "sha256": None}
+            for key, path in {**shared, **sources[media]}.items()
+            if path is not None
+        }
+        text = {"kind": "umt5" if media == "clips" else "t5", **SIZES}
+        network = WAN if media == "clips" else COSMOS
+        _write(config / "experiment" / f"{name}.yaml", whole, _changed(media, checkpoints, network, text))
+    scale = {"methods": ["rcm"], "clips": "all", "steps": [1], "nproc": 1, "controls": [], "tables": []}
+    scale |= {"figures": ["figure_training"], "scatter": {"synthesize": 2, "report": 1, "diversity": 1}}
+    (config / "scale" / "mini.yaml").write_text(yaml.safe_dump(scale))
+    return config
+
+
+def _random(settings: Mapping[str, Any]) -> nn.Module:
+    """A network of which every part shows in the output."""
+    network = rcm.networks.build(settings)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return network
+
+
+def _random_codec() -> nn.Module:
+    return rcm.codecs.build(CODEC)
+
+
+def _changed(media: str, checkpoints: Any, network: Any, text: Any) -> dict[str, Any]:
+    """What the miniature has otherwise than the scale that it stands for."""
+    suite = {"file": "prompts_report", "prompts": 2, "samples": 1}
+    return {
+        "frames": 5 if media == "clips" else 1,
+        "height": 32,
+        "width": 48,
+        "checkpoints": checkpoints,
+        "network": network,
+        "codec": CODEC,
+        "text": text,
+        **({"synthesizer": WAN} if media == "clips" else {}),
+        "teacher": {"steps": 2},
+        **({"synthesis": {"steps": 2}} if media == "clips" else {}),
+        "inference": {"device": "cpu", "precision": "bfloat16", "batch": 2},
+        "suites": {
+            "train": {"prompts": 4},
+            "dev": {"prompts": 2, "samples": 1},
+            "report": {"seed": 43, **suite},
+            "diversity": {"seed": 4, **suite},
+        },
+        "distillation": {
+            "student_updates": 2,
+            "batch": 2,
+            "tangent_warmup": 0,
+            "student_every": 2,
+            "max_rollout": 2,
+            "preview_every": 1,
+            "discriminator": {"layers": [0, 1], "heads": 2, "critic_weight": 1.0},
+        },
+        "parallel": {"device": "cpu", "precision": "float32", "recompute": "none", "workers": 0, "micro_batch": 1},
+    }
+
+
+def _write(path: Path, whole: str, changed: Mapping[str, Any]) -> None:
+    """An experiment that takes `whole`, without its groups, and changes some of it."""
+    from rcm.cli.config import compose
+
+    tree = compose([f"experiment={whole}"])
+    for key, value in changed.items():
+        if key == "suites":
+            continue
+        merged = key in ("teacher", "synthesis", "distillation", "parallel", "inference")
+        tree[key] = {**tree[key], **value} if merged else value
+    if "synthesizer" not in changed:
+        tree["synthesizer"] = changed["network"]
+        tree["synthesis"] = tree["teacher"]
+    tree["suites"] = {name: {**tree["suites"][name], **suite} for name, suite in changed["suites"].items()}
+    for name in ("report", "diversity"):
+        tree["suites"][name].pop("per_task", None)
+    for key in ("objective", "seed", "suite"):
+        tree.pop(key)
+    path.write_text("# @package _global_\n" + yaml.safe_dump(tree, allow_unicode=True), encoding="utf-8")

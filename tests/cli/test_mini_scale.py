@@ -1,0 +1,106 @@
+"""Every stage of a scale of real models, in miniature: from files as they are published to samples of the student."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import imageio_ffmpeg
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from rcm.checkpoints import load_dcp, open_state, read_settings
+from rcm.cli import main
+from rcm.cli.config import compose
+from rcm.data.shards import read_shards
+from rcm.text import Embeddings
+
+from .mini_scale import PROMPTS, write
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("mini"))
+
+
+@pytest.fixture(autouse=True)
+def tree(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RCM_CONFIG_DIR", str(config))
+
+
+def run(*words: Any) -> None:
+    assert main([str(word) for word in words]) == 0
+
+
+@pytest.mark.parametrize("media", ["clips", "images"])
+def test_from_published_files_to_samples(media: str, tmp_path: Path) -> None:
+    experiment = f"experiment=mini-{media}"
+    names = compose([experiment])["checkpoints"]
+    files = {name: tmp_path / f"{name}{Path(names[name]['source']).suffix}" for name in names}
+    for name, path in files.items():
+        run("download", experiment, "--name", name, "--out", path)
+    large = "synthesizer" if media == "clips" else "transformer"
+    for role, name in {
+        "network": "transformer",
+        **({"synthesizer": "synthesizer"} if media == "clips" else {}),
+    }.items():
+        run("convert", experiment, "--network", role, "--checkpoint", files[name], "--out", tmp_path / f"{name}.dcp")
+    source, converted = open_state(files[large]), load_dcp(tmp_path / f"{large}.dcp")
+    assert converted.keys() == source.keys()
+    assert all(torch.equal(converted[name], source[name]) for name in source)
+
+    text, prompts = {}, {}
+    for suite in ("train", "dev", "report"):
+        prompts[suite], text[suite] = tmp_path / f"{suite}.jsonl", tmp_path / f"{suite}.safetensors"
+        source_file = files["prompts_train" if suite != "report" else "prompts_report"]
+        run("prompts", experiment, f"suite={suite}", "--source", source_file, "--out", prompts[suite])
+        encode = ("--encoder", files["text"], "--tokenizer", files["tokenizer"])
+        run("embed", experiment, "--prompts", prompts[suite], *encode, "--out", text[suite])
+    assert Embeddings(text["train"]).prompts[:4] == PROMPTS[:4]
+
+    shard = tmp_path / "1-of-1.tar"
+    teacher = ("--teacher", tmp_path / f"{large}.dcp", "--prompts", prompts["train"], "--text", text["train"])
+    run("synthesize", experiment, *teacher, "--shard", "1-of-1", "--out", shard)
+    data = read_shards([shard])
+    assert len(data) == 4 and data.samples[0].latents_CTHW.shape == (4, 2 if media == "clips" else 1, 4, 6)
+
+    made = tmp_path / "student"
+    outputs = {"out": "dcp", "raw": "raw", "metrics": "metrics.jsonl", "previews": "previews", "resume": "resume"}
+    named = [word for option, file in outputs.items() for word in (f"--{option}", made / file)]
+    given = (
+        "--teacher",
+        tmp_path / "transformer.dcp",
+        "--data",
+        shard,
+        "--codec",
+        files["codec"],
+        "--text",
+        text["dev"],
+    )
+    run("distill", experiment, "objective=rcm", *given, *named)
+    student, raw = load_dcp(made / "dcp"), load_dcp(made / "raw")
+    assert all(value.isfinite().all() for value in student.values())
+    assert any(not torch.equal(student[name], raw[name]) for name in raw)  # averaged, and as the last step left it
+    with Image.open(made / "previews" / "000002.png") as image:
+        assert image.width >= 48
+
+    exported = made / "student.safetensors"
+    run("export", experiment, "objective=rcm", "--student", made / "dcp", "--out", exported)
+    assert read_settings(exported)["height"] == 32
+    common = ("--codec", files["codec"], "--prompts", prompts["report"], "--text", text["report"], "--part", "1-of-1")
+    for steps, checkpoint in ((2, tmp_path / "transformer.dcp"), (1, exported)):
+        out = tmp_path / f"samples-{steps}"
+        run("sample", experiment, "--checkpoint", checkpoint, *common, "--steps", steps, "--out", out)
+        frames = [read(path) for path in sorted(out.glob("*/samples/*"))]
+        assert len(frames) == 2 and {f.shape for f in frames} == {(5 if media == "clips" else 1, 32, 48, 3)}
+        assert json.loads((out / "00001/metadata.jsonl").read_text())["prompt"] == PROMPTS[1]
+
+
+def read(path: Path) -> np.ndarray:
+    """Frames (T, H, W, 3) of a picture or a film."""
+    if path.suffix == ".png":
+        return np.asarray(Image.open(path).convert("RGB"))[None]
+    reader = imageio_ffmpeg.read_frames(str(path))
+    width, height = next(reader)["size"]
+    return np.stack([np.frombuffer(frame, np.uint8).reshape(height, width, 3) for frame in reader])
