@@ -95,7 +95,7 @@ def settings(name: str) -> dict[str, Any]:
         "height": HEIGHT,
         "width": WIDTH,
         "network": NETWORKS[name],
-        "codec": {**settings_of("codec", "wan2.1-vae"), "width": 4},
+        "codec": {**settings_of("codec", "wan2.1-vae"), "width": 4, "multipliers": [1, 1, 1, 1], "blocks": 1},
         "text": {"kind": "umt5", **TEXT},
         "sampler": SAMPLER,
     }
