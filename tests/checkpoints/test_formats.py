@@ -2,6 +2,7 @@
 
 import pickle
 import re
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from rcm.artefact import UserError, content_sha256, read_json, sha256_file, sha2
 from rcm.checkpoints import (
     State,
     export_safetensors,
+    lazy,
     load_dcp,
     load_into,
     load_pth,
@@ -24,6 +26,7 @@ from rcm.checkpoints import (
     save_pth,
     state_sha256,
 )
+from rcm.checkpoints.safe import write_safetensors
 
 METADATA = {"sampler": {"times": [1.1, 0.5], "sigma_max": 80.0}, "network": {"width": 8}, "note": "é"}
 
@@ -210,12 +213,13 @@ def test_pth_that_would_run_code(tmp_path: Path, new_format: bool) -> None:
 @pytest.mark.parametrize(
     ("content", "what"),
     [
-        ({"state_dict": {"a": torch.ones(1)}}, "'state_dict' of type dict"),
+        ({"weights": {"a": torch.ones(1)}}, "'weights' of type dict"),
+        ({"model": {"a": torch.ones(1)}, "step": 3}, "'model' of type dict"),
+        ({"model": {"a": {"b": torch.ones(1)}}}, "'a' of type dict"),
         ([torch.ones(1)], "list"),
         (torch.ones(1), "Tensor"),
         ({"a": torch.ones(1), "step": 3}, "'step' of type int"),
         ({1: torch.ones(1)}, "1 of type Tensor"),
-        ({"a": torch.eye(3).to_sparse()}, "'a' of type Tensor"),
         ({}, "no tensors"),
     ],
 )
@@ -236,6 +240,76 @@ def test_a_prefix_of_some_keys_is_a_name(tmp_path: Path) -> None:
     state = {"net.a": torch.ones(1), "head": torch.ones(2)}
     save_pth(tmp_path / "x.pth", state)
     assert same(load_pth(tmp_path / "x.pth"), state)
+
+
+@pytest.mark.parametrize("outer", ["model", "state_dict"])
+def test_one_outer_level_is_taken_off(tmp_path: Path, outer: str) -> None:
+    torch.save({outer: make_state()}, tmp_path / "x.pth")
+    assert same(load_pth(tmp_path / "x.pth"), make_state())
+
+
+def test_pth_as_torch_writes_and_reads_it(tmp_path: Path) -> None:
+    """Both ways, with parameters, views of one storage, an OrderedDict with attributes, and types without storages."""
+    wide = torch.randn(40, 50)
+    module = nn.Linear(3, 2)
+    odd = {"low": torch.ones(3).to(torch.float8_e4m3fn), "short": torch.tensor([1, 65535], dtype=torch.uint16)}
+    state = {**make_state(), **odd, "one": wide[3:5, 7:], "two": wide.t()[::2], "three": wide[0, 0]}
+    state |= {"grad": nn.Parameter(torch.ones(2)), **module.state_dict()}
+    torch.save(state, tmp_path / "theirs.pth")
+    save_pth(tmp_path / "ours.pth", state)
+    for read in (
+        load_pth(tmp_path / "theirs.pth"),
+        load_pth(tmp_path / "ours.pth"),
+        torch.load(tmp_path / "ours.pth", weights_only=True),
+        torch.load(tmp_path / "ours.pth", weights_only=True, mmap=True),
+    ):
+        assert same(read, state)
+    torch.save(module.state_dict(), tmp_path / "module.pth")
+    assert same(load_pth(tmp_path / "module.pth"), module.state_dict())
+
+
+def test_pth_is_aligned_as_torchs_own(tmp_path: Path) -> None:
+    save_pth(tmp_path / "x.pth", make_state())
+    state = torch.load(tmp_path / "x.pth", weights_only=True, mmap=True)
+    base = min(value.data_ptr() for value in state.values() if value.numel()) % 64
+    assert {value.data_ptr() % 64 for value in state.values() if value.numel()} == {base}
+
+
+class Loader:
+    """Unpickled, it calls a function of torch that is no part of a tensor."""
+
+    def __reduce__(self) -> tuple:
+        return (torch.set_num_threads, (1,))
+
+
+@pytest.mark.parametrize("content", [{"a": Loader()}, {"a": torch.eye(3).to_sparse()}, {"a": torch.device("cpu")}])
+def test_pth_with_other_objects(tmp_path: Path, content: Any) -> None:
+    torch.save(content, tmp_path / "x.pth")
+    with pytest.raises(UserError, match=r"Python objects other than tensors"):
+        load_pth(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("change", ["offset", "shape", "stride"])
+def test_pth_whose_tensors_reach_beyond_their_records(tmp_path: Path, change: str) -> None:
+    """A pickle that is intact but lies."""
+    torch.save({"a": torch.zeros(300)[7:107].view(10, 10)}, tmp_path / "honest.pth")
+    lies = {
+        "offset": (b"K\x07K", b"K\xc9K"),
+        "shape": (b"K\nK\n\x86q", b"K\x7fK\n\x86q"),
+        "stride": (b"K\nK\x01", b"K\x7fK\x01"),
+    }
+    with (
+        zipfile.ZipFile(tmp_path / "honest.pth") as honest,
+        zipfile.ZipFile(tmp_path / "x.pth", "w") as lying,
+    ):
+        for name in honest.namelist():
+            content = honest.read(name)
+            if name.endswith(".pkl"):
+                assert lies[change][0] in content
+                content = content.replace(*lies[change], 1)
+            lying.writestr(name, content)
+    with pytest.raises(UserError, match="a is larger than its record"):
+        load_pth(tmp_path / "x.pth")
 
 
 def test_pth_of_the_old_format(tmp_path: Path) -> None:
@@ -292,6 +366,17 @@ def test_dcp_with_tensors_of_another_checkpoint(tmp_path: Path) -> None:
     write_json(tmp_path / "dcp" / "manifest.json", manifest | {"content_sha256": "0" * 64})
     with pytest.raises(UserError, match="does not hold the tensors"):
         load_dcp(tmp_path / "dcp")
+
+
+def test_safetensors_as_its_own_library_writes_it(tmp_path: Path) -> None:
+    """Byte for byte, with one entry in the header: its own order of several is random."""
+    state = {key: value.contiguous().clone() for key, value in make_state().items()}
+    state |= {"é": torch.ones(2).to(torch.float8_e5m2), "byte": torch.ones(3, dtype=torch.uint8)}
+    for metadata in (None, {"format": "pt"}):
+        save_file(state, tmp_path / "theirs.safetensors", metadata=metadata)
+        write_safetensors(tmp_path / "ours.safetensors", lazy(state, "it"), metadata or {})
+        theirs, ours = ((tmp_path / f"{name}.safetensors").read_bytes() for name in ("theirs", "ours"))
+        assert theirs == ours
 
 
 def test_safetensors_of_another_origin(tmp_path: Path) -> None:

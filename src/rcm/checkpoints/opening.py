@@ -37,15 +37,13 @@ def open_state(path: Path | str, *, verified: bool = False) -> LazyState:
     if not path.exists():
         raise UserError(f"checkpoint {path} does not exist; download or make it first")
     if path.is_dir() and (path / MANIFEST).exists():
-        return open_dcp(path)
-    if not path.is_dir() and path.suffix != ".safetensors":
-        return open_pth(path)
-    if not verified:
-        verify(path, whole=False)
-    if path.is_dir():
-        state = open_folder(path)
+        state = open_dcp(path)
+    elif not path.is_dir() and path.suffix != ".safetensors":
+        state = open_pth(path)
     else:
-        state, header = open_safetensors(path)
+        if not verified:
+            verify(path, whole=False)
+        state, header = (open_folder(path), dict[str, str]()) if path.is_dir() else open_safetensors(path)
         if not verified:
             check_export(path, state, header)
     return state.renamed(official(state))
@@ -72,10 +70,8 @@ def fitted(
 
     Missing, unexpected and misshapen tensors are a UserError that lists them and says which network they look like.
     """
-    names = (
-        {name: name for name in state if not name.startswith(ignored)} if ignored else {name: name for name in state}
-    )
-    if settings is not None and not own.keys() & names.keys():
+    names = {name: name for name in state if not any(map(name.startswith, ignored))}
+    if settings is not None and own.keys() != names.keys():
         names = _translated(settings, names)
     state = state.renamed(names)
     state = state.reshaped(unflattened(own, state.described))
