@@ -82,7 +82,7 @@ def _table(text: str) -> Iterator[Line]:
                 kept = {key: row[key].strip() for key in ("prompt", "name") if row.get(key)}
                 yield rows.line_num, {"prompt": "", **kept}
     except csv.Error as error:
-        raise _Mistake(rows.line_num, f"not a table of comma-separated values ({error})") from None
+        raise _Mistake(rows.reader.line_num, f"not a table of comma-separated values ({error})") from None
 
 
 def _fault(item: Any) -> str | None:
