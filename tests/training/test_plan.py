@@ -20,9 +20,10 @@ TABLE4 = {  # experiment: parameters, iterations, updates of the student
     "cosmos-predict2-14b-images": (14_265_265_152, 25_000, 5_000),
 }
 SMALL = (
-    *("network.width=128", "network.mlp_width=384", "network.heads=4", "network.layers=4", "frames=13", "height=256", "width=256"),
-    *("text.tokens=16", "text.width=64", "network.text_width=64", "synthesizer=${network}", "distillation.batch=8", "parallel.micro_batch=2"),
-    *("distillation.discriminator.heads=4", "distillation.discriminator.layers=[1,3]", "parallel.context=1"),
+    *("network.width=128", "network.mlp_width=384", "network.heads=4", "network.layers=4", "synthesizer=${network}"),
+    *("media=clips", "frames=13", "height=256", "width=256", "text.tokens=16", "text.width=64"),
+    *("network.text_width=64", "distillation.batch=8", "parallel.micro_batch=2", "parallel.context=1"),
+    *("distillation.discriminator.heads=4", "distillation.discriminator.layers=[1,3]"),
 )
 WAN, COSMOS = "experiment=wan2.1-1.3b-clips", "experiment=cosmos-predict2-2b-images"
 
