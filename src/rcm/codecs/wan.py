@@ -45,14 +45,13 @@ class CausalConv(nn.Conv3d):
         super().__init__(width_in, width_out, (3, side, side), padding=(0, side // 2, side // 2))
 
     def forward(self, x_BCTHW: Tensor, past: Past) -> Tensor:  # type: ignore[override]
-        if self not in past:
-            past[self] = torch.zeros_like(x_BCTHW[:, :, :1]).expand(-1, -1, 2, -1, -1)
-            if x_BCTHW.shape[2] == 1:  # a third of the work, and all there is for an image
-                past[self] = torch.cat([past[self][:, :, :1], x_BCTHW], dim=2)
-                return F.conv2d(x_BCTHW[:, :, 0], self.weight[:, :, 2], self.bias, padding=self.padding[1:])[:, :, None]
-        x_BCTHW = torch.cat([past[self], x_BCTHW], dim=2)
-        past[self] = x_BCTHW[:, :, -2:].clone()  # not a view, which would keep the whole piece
-        return super().forward(x_BCTHW)
+        known_BCTHW = torch.cat([past[self], x_BCTHW], dim=2) if self in past else x_BCTHW
+        past[self] = known_BCTHW[:, :, -2:].clone()  # not a view, which would keep the whole piece
+        if known_BCTHW.shape[2] == 1:  # a third of the work, and all there is for an image
+            return F.conv2d(x_BCTHW[:, :, 0], self.weight[:, :, 2], self.bias, padding=self.padding[1:])[:, :, None]
+        if zeros := 2 + x_BCTHW.shape[2] - known_BCTHW.shape[2]:
+            known_BCTHW = F.pad(known_BCTHW, (0, 0, 0, 0, zeros, 0))
+        return super().forward(known_BCTHW)
 
 
 class Head(nn.ModuleDict):
@@ -143,7 +142,7 @@ class Up(nn.Module):
         if time_conv in past:
             return time_conv(x_BCTHW, past).unflatten(1, (2, -1)).movedim(1, 3).flatten(2, 3)
         first, rest = x_BCTHW[:, :, :1], x_BCTHW[:, :, 1:]
-        past[time_conv] = torch.zeros_like(first).expand(-1, -1, 2, -1, -1)  # later frames do not see the first
+        past[time_conv] = first[:, :, :0].clone()  # no frames: later ones do not see the first
         return torch.cat([first, self._double(time_conv, rest, past)], dim=2) if rest.shape[2] else first
 
 
