@@ -91,3 +91,18 @@ def test_formats(suffix: str, kind: str, count: int, mini: Mini, run: Run, tmp_p
         with Image.open(out) as image:
             assert image.size == (384, 384)
             assert len(list(ImageSequence.Iterator(image))) == count
+
+
+def test_the_samples_of_a_suite_come_again(mini: Mini, run: Run, tmp_path: Path) -> None:
+    """Sample s of prompt p, whatever the part it was drawn in."""
+    suite = ("suite=dev", "suites.dev.per_task=1", "suites.dev.samples=2", "suites.dev.seed=7")
+    prompts, models = tmp_path / "prompts.jsonl", ("--checkpoint", mini.student, "--codec", mini.codec, "--steps", 2)
+    run("prompts", *suite, "--out", prompts)
+    run("sample", *suite, *models, "--prompts", prompts, "--part", "2-of-2", "--out", tmp_path / "samples")
+    run("generate", *models, "--prompts", prompts, "--samples", 2, "--seed", 7, "--out", tmp_path / "x.npy")
+    found = sorted((tmp_path / "samples").glob("*/samples/*.png"))
+    assert len(found) >= 2
+    for path in found:
+        prompt, sample = int(path.parts[-3]), int(path.stem)
+        with Image.open(path) as image:
+            assert np.array_equal(np.load(tmp_path / f"x-{2 * prompt + sample}.npy")[0], np.array(image))

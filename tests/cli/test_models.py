@@ -6,6 +6,8 @@ bytes, which may differ by one.
 
 import json
 import math
+import shlex
+import shutil
 import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,7 +28,8 @@ import rcm.networks
 import rcm.text
 import rcm.vision
 from rcm.artefact import sha256_file
-from rcm.checkpoints import export_safetensors, save_pth
+from rcm.checkpoints import export_safetensors, save_dcp, save_pth
+from rcm.cli.parser import STAGES, parse
 from rcm.randomness import normal
 from rcm.tree import config_dir, settings_of
 
@@ -103,7 +106,7 @@ def settings(name: str) -> dict[str, Any]:
 
 def model(name: str) -> dict[str, Any]:
     """What config/model/NAME.yaml says."""
-    files = ("transformer", "second", "codec", "text", "vision")
+    files = ("transformer", "codec", "text", *(("second",) if name == "experts" else ("vision",)))
     sources = {file: {"source": f"hf://someone/model/{file}-of-theirs.pth"} for file in files}
     sources["tokenizer"] = {"source": "hf://someone/model/tokenizer/"}
     extra = {"vision": VISION} if name == "i2v" else {"boundary": 0.9} if name == "experts" else {}
@@ -130,10 +133,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> World:
             for parameter in network.parameters():
                 torch.nn.init.normal_(parameter, std=0.3)
             networks[name, expert] = network
-            media = settings(name)["media"]
-            save_pth(
-                data / media / "checkpoints" / f"{expert}.pth", {f"net.{k}": v for k, v in network.state_dict().items()}
-            )
+            if expert == "transformer" or name == "experts":
+                state = {f"net.{key}": value for key, value in network.state_dict().items()}  # as rCM releases have it
+                save_pth(data / settings(name)["media"] / "checkpoints" / f"{expert}.pth", state)
         for file, module in (("codec", codec), ("text", text), ("vision", vision)):
             save_pth(data / "checkpoints" / f"{file}.pth", module.state_dict())
         write_tokenizer(data / "checkpoints" / "tokenizer")
@@ -365,6 +367,19 @@ def test_a_teacher_is_guided_away_from_its_negative_prompt(models: World, run: R
     )
 
 
+def test_a_converted_teacher_comes_first(models: World, run: Run, tmp_path: Path) -> None:
+    """Where the pipeline has made a DCP folder of the download, that is the default."""
+    out, folder = tmp_path / "x.npy", models.folder / "data/t2v/clips/teacher"
+    other = models.networks["t2v", "second"]
+    save_dcp(folder, other.state_dict())
+    try:
+        run("generate", "--model", "t2v", "--teacher", "--prompt", "a", "--guidance", 1, "--out", out)
+    finally:
+        shutil.rmtree(folder)
+    expected = many_steps(velocity(other, embedded(models, "a")), noise((0, 0), 5, 0), wan_grid())
+    close(np.load(out), pixels(models.codec, expected))
+
+
 def test_images_of_a_cosmos_network(models: World, run: Run, tmp_path: Path) -> None:
     out = tmp_path / "x.png"
     run("generate", "--model", "t2i", "--teacher", "--prompt", "a red circle", "--size", "448x416", "--out", out)
@@ -482,3 +497,16 @@ def test_a_missing_file_says_how_to_get_it(
         "x.png",
         *teacher,
     )
+
+
+@pytest.mark.parametrize("example", STAGES["generate"].more)
+def test_further_examples_parse(example: str) -> None:
+    program, stage, *arguments = shlex.split(example)
+    assert (program, stage) == ("rcm", "generate")
+    assert parse(stage, arguments).model
+
+
+def test_a_boundary_needs_a_second_checkpoint(models: World, fail: Run, tmp_path: Path) -> None:
+    base = ("--model", "t2i", "--teacher", "--prompt", "a", "--out", tmp_path / "x.png")
+    said = fail("generate", *base, "--boundary", 0.5)
+    assert "second.pth does not exist: check the path, or name another with --second-checkpoint" in said

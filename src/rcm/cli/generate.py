@@ -299,5 +299,5 @@ def report(order: Order, timed: Sequence[Seconds]) -> str:
     return (
         f"benchmark: {total:.3g} s a sample, {frames / total:.3g} frames per second: {sampling:.3g} s for "
         f"{order.steps} steps, {decoding:.3g} s for decoding; batch 1, {device}, {order.placed['precision']}, the mean "
-        f"of {len(timed)} after one to warm up; encoders, loading and writing are not counted"
+        f"of {len(timed)} after one to warm up; the codec is in float32, encoders, loading and writing are not counted"
     )

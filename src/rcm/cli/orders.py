@@ -174,7 +174,8 @@ def stored(scale: str, settings: Mapping[str, Any], name: str) -> Path:
     """Where the pipeline puts a download; transformers are of one medium each."""
     own = name in ("transformer", "synthesizer", "second")
     folder = Path("data", scale, *([settings["media"]] if own else []), "checkpoints")
-    last = settings["checkpoints"][name]["source"].rpartition("/")[2] if "checkpoints" in settings else f"{name}.pth"
+    entry = settings.get("checkpoints", {}).get(name) or {"source": f"{name}.pth"}
+    last = entry["source"].rpartition("/")[2]
     return folder / (name if not last or "*" in last else name + Path(last).suffix)
 
 
