@@ -10,8 +10,8 @@ from rcm.cli import main
 from rcm.cli.parser import STAGES, build, overview, parse
 
 ASKED_FOR = (
-    "prompts download pretrain convert embed synthesize plan distill export sample evaluate precision table figure "
-    "report generate doctor"
+    "prompts download pretrain convert embed synthesize adopt verify merge contact-sheet plan distill export sample "
+    "evaluate precision table figure report generate doctor"
 )
 
 
