@@ -21,6 +21,7 @@ from rcm.checkpoints import (
     load_dcp,
     load_into,
     load_pth,
+    open_dcp,
     read_export,
     save_dcp,
     save_pth,
@@ -358,6 +359,17 @@ def test_dcp_metadata_that_is_more_than_metadata(tmp_path: Path, content: str) -
     if content == "trap":
         pickle.loads((folder / ".metadata").read_bytes())
         assert trap.exists()  # the trap was real
+
+
+def test_dcp_is_never_unpickled_by_torchs_own_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_dcp(tmp_path / "dcp", make_state())
+
+    def refused(*_: object) -> None:
+        raise AssertionError("unrestrained")
+
+    monkeypatch.setattr("torch.distributed.checkpoint.filesystem.pickle.load", refused)
+    assert same(load_dcp(tmp_path / "dcp"), make_state())
+    assert same(dict(open_dcp(tmp_path / "dcp")), make_state())
 
 
 def test_dcp_with_tensors_of_another_checkpoint(tmp_path: Path) -> None:

@@ -76,12 +76,12 @@ class _Reader(FileSystemReader):
 
     known: Metadata | None = None
 
-    def read_settings(self, *args: Any, **kwargs: Any) -> Metadata:
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         if self.known is None:
-            self.known = self._read_settings()
+            self.known = self._read_metadata()
         return self.known
 
-    def _read_settings(self) -> Metadata:
+    def _read_metadata(self) -> Metadata:
         with (Path(self.path) / _METADATA).open("rb") as file:
             metadata = _MetadataUnpickler(file).load()
         if not isinstance(metadata, Metadata):
@@ -178,7 +178,7 @@ def described(folder: Path, files: Mapping[str, str]) -> State:
 
     `files` are those that were verified; a ValueError where the folder rests on others.
     """
-    metadata = _Reader(folder).read_settings()
+    metadata = _Reader(folder).read_metadata()
     needed = {_METADATA, *(item.relative_path for item in (metadata.storage_data or {}).values())}
     if unknown := sorted(needed - files.keys()):
         raise ValueError(f"{some(unknown)} not in {MANIFEST}")
