@@ -56,14 +56,24 @@ COSMOS = {
     "time_scale": 1.0,
 }
 PROMPTS = ["a red circle", "a blue, red circle", "red & blue", "a circle", "circles"]
+PIPELINE = {
+    "methods": ["rcm"],
+    "clips": "all",
+    "steps": [1],
+    "nproc": 1,
+    "controls": [],
+    "tables": [],
+    "figures": ["figure_training"],
+    "scatter": {"synthesize": 2, "report": 1, "diversity": 1},
+}
 EXPERIMENTS = {  # miniature: what it is one of
-    "mini-clips": "wan2.1-1.3b-clips",
-    "mini-images": "cosmos-predict2-0.6b-images",
+    "mini-wan-clips": "wan2.1-1.3b-clips",
+    "mini-cosmos-images": "cosmos-predict2-0.6b-images",
 }
 
 
 def write(folder: Path) -> Path:
-    """Write checkpoints as they are published, and a configuration of the scale `mini`; returns its folder."""
+    """Write checkpoints as they are published, and a configuration with two scales of them; returns its folder."""
     files = folder / "published"
     files.mkdir(parents=True)
     sources: dict[str, dict[str, Path | None]] = {media: {} for media in ("clips", "images")}
@@ -96,7 +106,7 @@ def write(folder: Path) -> Path:
     config = folder / "config"
     shutil.copytree(ROOT / "config", config)
     for name, whole in EXPERIMENTS.items():
-        media = name.removeprefix("mini-")
+        scale, _, media = name.rpartition("-")
         shared = {"codec": files / "vae.pth", "tokenizer": files / "tokenizer"}
         shared |= dict.fromkeys(("prompts_train", "prompts_report"), files / "prompts.txt")
         checkpoints = {
@@ -106,10 +116,8 @@ def write(folder: Path) -> Path:
         }
         text = {"kind": "umt5" if media == "clips" else "t5", **SIZES}
         network = WAN if media == "clips" else COSMOS
+        (config / "scale" / f"{scale}.yaml").write_text(yaml.safe_dump(PIPELINE))
         _write(config / "experiment" / f"{name}.yaml", whole, _changed(media, checkpoints, network, text))
-    scale = {"methods": ["rcm"], "clips": "all", "steps": [1], "nproc": 1, "controls": [], "tables": []}
-    scale |= {"figures": ["figure_training"], "scatter": {"synthesize": 2, "report": 1, "diversity": 1}}
-    (config / "scale" / "mini.yaml").write_text(yaml.safe_dump(scale))
     return config
 
 

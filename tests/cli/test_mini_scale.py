@@ -16,7 +16,7 @@ from rcm.cli.config import compose
 from rcm.data.shards import read_shards
 from rcm.text import Embeddings
 
-from .mini_scale import PROMPTS, write
+from .mini_scale import EXPERIMENTS, PROMPTS, write
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +33,9 @@ def run(*words: Any) -> None:
     assert main([str(word) for word in words]) == 0
 
 
-@pytest.mark.parametrize("media", ["clips", "images"])
-def test_from_published_files_to_samples(media: str, tmp_path: Path) -> None:
-    experiment = f"experiment=mini-{media}"
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_from_published_files_to_samples(name: str, tmp_path: Path) -> None:
+    experiment, media = f"experiment={name}", name.rpartition("-")[2]
     names = compose([experiment])["checkpoints"]
     files = {name: tmp_path / f"{name}{Path(names[name]['source']).suffix}" for name in names}
     for name, path in files.items():

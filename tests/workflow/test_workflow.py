@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tests.cli.mini_scale import write as write_mini_scale
 
 ROOT = Path(__file__).parents[2]
 RULES = {
@@ -42,7 +43,7 @@ def snakemake(copy: Path) -> Run:
 
     def call(*words: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "snakemake", *words]
-        return subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=120)
+        return subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=600)
 
     return call
 
@@ -211,3 +212,21 @@ def test_a_job_runs_again_when_its_numbers_or_its_code_change(snakemake: Run, co
     assert again() == "nothing"
     used.write_text(text.replace('"zero", "one"', '"none", "one"', 1), encoding="utf-8")
     assert again() == "report train"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("scale", "media"), [("mini-wan", "clips"), ("mini-cosmos", "images")])
+def test_a_scale_of_real_models_in_miniature(
+    snakemake: Run, copy: Path, tmp_path: Path, scale: str, media: str
+) -> None:
+    """Downloads, conversions, encoded prompts, shards, a student and its samples: all jobs, run for real."""
+    shutil.copytree(write_mini_scale(tmp_path), copy / "config", dirs_exist_ok=True)
+    run = snakemake("-c2", "--config", f"scale={scale}")
+    assert run.returncode == 0, run.stdout + run.stderr
+    made = copy / "data" / scale / media
+    assert {path.name for path in (made / "rcm-0").iterdir()} >= {"dcp", "raw", "student.safetensors", "student.pth"}
+    for model in ("teacher-2", "rcm-0-1"):
+        assert len(list((made / "samples" / model / "report").glob("*/*/samples/*"))) == 2
+    assert (copy / "results" / scale / "report.html").stat().st_size > 10_000
+    again = snakemake("-n", "--config", f"scale={scale}")
+    assert "Nothing to be done" in again.stdout + again.stderr

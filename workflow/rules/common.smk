@@ -79,8 +79,12 @@ def tree(*words):
     return compose(words)
 
 
+OWN = ("transformer", "synthesizer")  # downloads that every medium of a scale has for itself
+
+
 def check_trees():
     """Compose the tree of every medium and method, so that a mistake there shows at once, and compare it with steps."""
+    shared = {}
     for media in media_of(config["scale"]):
         experiment = f"experiment={config['scale']}-{media}"
         for objective in ("", *(f"objective={method}" for method in config["methods"])):
@@ -91,6 +95,12 @@ def check_trees():
                 f"configuration key 'steps' contains {refused[0]}; allowed: up to {times} steps for {media}, one more than "
                 "sampler.mid_times has entries, and 8"
             )
+        for name in composed["checkpoints"].keys() - {*OWN}:
+            if shared.setdefault(name, composed["checkpoints"][name]) != composed["checkpoints"][name]:
+                raise UserError(
+                    f"configuration key 'checkpoints.{name}' differs between the media of the scale {config['scale']}; "
+                    "allowed: one for all of them"
+                )
         layout = composed["parallel"]
         sizes = [layout[name] for name in ("replicate", "shard", "context")]
         fixed = math.prod(size or 1 for size in sizes)
@@ -227,8 +237,8 @@ def is_folder(name):
 
 
 def stored(name):
-    """Where a download goes; transformers are of one medium each."""
-    folder = "<data>/{media}/checkpoints" if name in ("transformer", "synthesizer") else "<data>/checkpoints"
+    """Where a download goes."""
+    folder = "<data>/{media}/checkpoints" if name in OWN else "<data>/checkpoints"
     suffix = "" if is_folder(name) else os.path.splitext(CHECKPOINTS[name])[1]
     return f"{folder}/{name}{suffix}"
 
