@@ -69,32 +69,33 @@ def report(arguments: Namespace) -> None:
 
     paths = arguments.scores or []
     scores = [read_json(path) for path in paths]
-    config = _configuration(arguments.overrides, scores)
+    chosen = next((word for word in arguments.overrides if word.startswith("experiment=")), "experiment=tiny-images")
+    scale = chosen.removeprefix("experiment=").rpartition("-")[0]
+    words = [
+        word for word in arguments.overrides if not word.startswith(("experiment=", "objective=", "seed=", "suite="))
+    ]
+    config = _configuration(scale, words, scores)
     patterns = ("tables/*.csv", "figures/*.png")
     found = {path for folder in arguments.results for pattern in patterns for path in folder.glob(pattern)}
     with recording(arguments.out, stage="report", inputs=[*paths, *sorted(found)], config=config):
+        title = "rCM in miniature" if scale == "tiny" else f"rCM: {scale}"
         texts = [(heading, yaml.safe_dump(part, sort_keys=False, width=120)) for heading, part in config.items()]
-        write_text(arguments.out, report_page(scores, arguments.results, configuration=texts))
+        write_text(arguments.out, report_page(scores, arguments.results, configuration=texts, title=title))
 
 
-def _configuration(overrides: Sequence[str], scores: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """What the page shows of the configuration: what is built, the images' numbers, and the clips' other ones."""
-    experiment, words = "experiment=tiny-images", []
-    for word in overrides:
-        if word.startswith("experiment="):
-            experiment = word
-        elif not word.startswith(("objective=", "seed=", "suite=")):
-            words.append(word)
+def _configuration(scale: str, words: Sequence[str], scores: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What the page shows of the configuration: what is built, one medium's numbers, and those of the other."""
     methods = [name for name in options("objective") if any(str(s["model"]).startswith(f"{name}-") for s in scores)]
-    images, clips = (
-        _of_medium([f"{experiment.rpartition('-')[0]}-{media}", *words], methods) for media in ("images", "clips")
-    )
-    built = yaml.safe_load((config_dir() / "pipeline.yaml").read_text(encoding="utf-8"))
-    return {
-        "config/pipeline.yaml (without what --config changed)": built,
-        "Configuration of images": images,
-        "Configuration of clips, where it differs": _differences(images, clips),
+    names = {media: f"{scale}-{media}" for media in ("images", "clips") if f"{scale}-{media}" in options("experiment")}
+    trees = {media: _of_medium([f"experiment={name}", *words], methods) for media, name in names.items()}
+    files = [path for path in (Path("pipeline.yaml"), Path("scale", f"{scale}.yaml")) if (config_dir() / path).exists()]
+    shown = {
+        f"config/{path} (without what --config changed)": yaml.safe_load((config_dir() / path).read_text("utf-8"))
+        for path in files
     }
+    (media, first), *others = trees.items()
+    shown[f"Configuration of {media}"] = first
+    return shown | {f"Configuration of {other}, where it differs": _differences(first, tree) for other, tree in others}
 
 
 def _of_medium(words: list[str], methods: Iterable[str]) -> dict[str, Any]:
