@@ -29,7 +29,7 @@ def test_a_prompt_may_be_any_text(prompt: str) -> None:
     ("stage", "arguments", "said"),
     [
         ("download", ["--name", "codec"], "required: --out"),
-        ("download", ["--name", "vae", "--out", "x"], "invalid choice: 'vae'"),
+        ("convert", ["--checkpoint", "c", "--out", "x", "--dtype", "int8"], "invalid choice: 'int8'"),
         ("download", [*DOWNLOAD, "seed"], "'seed' is neither an option nor a key=value"),
         ("download", [*DOWNLOAD, "--ouT", "y"], "unrecognized arguments: --ouT"),
         ("generate", ["--prompt", "--out", "x.png"], "--prompt"),
