@@ -62,7 +62,7 @@ def network(settings: Mapping[str, Any], path: Path, *, device: str = "cpu", pre
     """
     try:
         with torch.device("meta"):
-            built = rcm.networks.build(settings)
+            built: Any = rcm.networks.build(settings)
     except (TypeError, ValueError) as error:
         raise UserError(f"the network of {path} cannot be built: {error}") from error
     if precision == "bfloat16":

@@ -78,9 +78,8 @@ def _maker(arguments: Namespace, config: Mapping[str, Any], captions: Sequence[M
             raise UserError(f"--steps is {arguments.steps}, but the teacher takes {config['teacher']['steps']} steps")
         return lambda jobs: _decoded(decoder, model.sample(_text(model, captions, jobs), jobs, seed=seed))
     few = student(arguments.checkpoint, arguments.text, **placed(config))
-    made, here = ({key: settings[key] for key in ("frames", "height", "width")} for settings in (few.settings, config))
-    if made != here:
-        raise UserError(f"{arguments.checkpoint} makes samples of {_size(made)}, but the experiment of {_size(here)}")
+    if (makes := _size(few.settings)) != (wanted := _size(config)):
+        raise UserError(f"{arguments.checkpoint} makes samples of {makes}, but the experiment of {wanted}")
     if few.settings["codec"] != config["codec"]:
         made, here = (json.dumps(settings["codec"]) for settings in (few.settings, config))
         raise UserError(f"{arguments.checkpoint} was made for the codec {made}, but the experiment has {here}")
@@ -89,7 +88,7 @@ def _maker(arguments: Namespace, config: Mapping[str, Any], captions: Sequence[M
     return lambda jobs: _decoded(decoder, few.sample(_text(few, captions, jobs), jobs, steps=steps, seed=seed))
 
 
-def _size(settings: Mapping[str, int]) -> str:
+def _size(settings: Mapping[str, Any]) -> str:
     return f"{settings['frames']} frames of {settings['width']} x {settings['height']} pixels"
 
 

@@ -46,7 +46,7 @@ def pretrain(arguments: Namespace) -> None:
     inputs = [arguments.codec] if arguments.codec is not None else []
     outputs, seed = (arguments.out, arguments.codec_out), config["pretrain"]["seed"]
     with recording(*outputs, stage="pretrain", inputs=inputs, config=numbers, seed=seed):
-        decoder, encoder = rcm.codecs.build(config["codec"]), rcm.text.build(config["text"])
+        decoder, encoder = rcm.codecs.build(config["codec"]), text_encoder(config, None)
         if arguments.codec is not None:
             load_into(decoder, load_pth(arguments.codec), str(arguments.codec))
         scenes = draw_world(config, decoder, encoder)
