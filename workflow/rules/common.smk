@@ -95,6 +95,12 @@ def check_trees():
                 f"configuration key 'steps' contains {refused[0]}; allowed: up to {times} steps for {media}, one more than "
                 "sampler.mid_times has entries, and 8"
             )
+        scored = [*config["tables"], *({"figure_quality_diversity"} & {*config["figures"]})]
+        if composed["codec"]["kind"] != "cells" and scored:
+            raise UserError(
+                f"the scale {config['scale']} has no {scored[0]}: samples of real models are not scored yet; allowed: "
+                "tables [] and figures without figure_quality_diversity"
+            )
         for name in composed["checkpoints"].keys() - {*OWN}:
             if shared.setdefault(name, composed["checkpoints"][name]) != composed["checkpoints"][name]:
                 raise UserError(
@@ -137,21 +143,22 @@ def chosen(wildcards):
 
 # The sections of the configuration that decide what a stage makes; it is made again when a value in them changes.
 SAMPLE = ("frames", "height", "width", "codec", "text")
+DRAWN = ("inference.device", "inference.precision", "inference.batch")
 READS = {
     "prompts": ("media", "prompts", "suites.{suite}"),
     "download": ("checkpoints.{name}",),
     "pretrain": ("media", "frames", "network", "codec", "text", "prompts", "pretrain"),
     "convert": ("{role}",),
-    "embed": ("text", "teacher.negative_prompt", "synthesis.negative_prompt", "inference"),
-    "synthesize": (*SAMPLE, "synthesizer", "synthesis", "suites.train", "inference"),
+    "embed": ("text", "teacher.negative_prompt", "synthesis.negative_prompt", "inference.precision"),
+    "synthesize": (*SAMPLE, *DRAWN, "synthesizer", "synthesis", "suites.train"),
     # previews, which read more, are not worth another training
     "distill": (
         *(*SAMPLE, "media", "network", "seed", "objective", "distillation", "parallel"),
         "teacher.negative_prompt",
     ),
     "export": (*SAMPLE, "media", "network", "seed", "objective", "sampler"),
-    "sample student": (*SAMPLE, "suites.{suite}", "inference"),
-    "sample teacher": (*SAMPLE, "network", "teacher", "suites.{suite}", "inference"),
+    "sample student": (*SAMPLE, *DRAWN, "suites.{suite}", "inference.format"),
+    "sample teacher": (*SAMPLE, *DRAWN, "network", "teacher", "suites.{suite}", "inference.format"),
     "sample control": (*SAMPLE, "suites.{suite}", "inference.format"),
     "evaluate": ("media", "evaluation.bootstrap"),
     "precision": (*SAMPLE, "network", "teacher", "suites.{suite}.seed", "evaluation.precision"),
