@@ -184,7 +184,7 @@ def test_prompts_that_are_cut_are_told(words: Words, run: Run, prompts: Path, tm
     long = tmp_path / "long.jsonl"
     long.write_text(prompts.read_text() + json.dumps({"prompt": "a red star " * 20}) + "\n")
     said = run(*words("long"), "--prompts", long)
-    assert "1 of 5 prompts, first the one on line 5, are longer than 12 tokens and cut there" in said
+    assert "1 of 5 prompts (number 5 is the first) are longer than 12 tokens and cut there" in said
 
 
 # --- Shards

@@ -115,7 +115,7 @@ class Trap:
     ("member", "content", "said"),
     [
         ("latent.pt", lambda trap: saved(Trap(trap)), "refused: it is damaged, or holds more than a tensor"),
-        ("latent.pt", lambda trap: pickle.dumps(Trap(trap)), "refused: it is damaged, or holds more than a tensor"),
+        ("latent.pt", lambda trap: pickle.dumps(Trap(trap), protocol=2), "refused: it is damaged, or holds more than a tensor"),
         ("latent.pt", lambda _: saved(tensors(1)[0])[:-100], "refused: it is damaged"),
         ("latent.pt", lambda _: b"", "refused: it is damaged"),
         ("embed.pt", lambda _: saved({"embed": torch.zeros(2, 3)}), "holds dict, where a dense tensor"),

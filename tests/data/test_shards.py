@@ -62,6 +62,78 @@ def test_empty_text(tmp_path: Path) -> None:
     assert torch.equal(read_shards([tmp_path / "x.tar"]).batch([0], words=6).text_BLD, torch.zeros(1, 6, WIDTH))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_types_keep_their_bits(tmp_path: Path, dtype: torch.dtype) -> None:
+    """All 2^16 patterns of the half types, NaN with their payloads among them; batches are float32."""
+    patterns = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
+    latents = (patterns.view(dtype) if dtype.itemsize == 2 else patterns.int().view(dtype)).view(1, 1, 256, 256)
+    text = torch.tensor([[1.0, 0.1], [0.0, 0.0]], dtype=dtype)
+    path = tmp_path / "x.tar"
+    write_shard(path, [Sample(0, "", 0, latents, text)], {"part": "1-of-1"})
+    for memory in (0, 2**28):
+        data = read_shards([path], memory=memory)
+        read = data.samples[0]
+        integers = torch.int16 if dtype.itemsize == 2 else torch.int32
+        assert read.latents_CTHW.dtype == read.text_LD.dtype == dtype
+        assert torch.equal(read.latents_CTHW.view(integers), latents.view(integers))
+        assert torch.equal(read.text_LD, text[:1])
+        batch = data.batch([0, 0], words=3)
+        assert batch.latents_BCTHW.dtype == batch.text_BLD.dtype == torch.float32
+        assert torch.equal(batch.latents_BCTHW[1].nan_to_num(), latents.float().nan_to_num())
+    with tarfile.open(path) as tar:
+        assert ("00000000.latents.safetensors" in tar.getnames()) == (dtype == torch.bfloat16)
+
+
+def test_other_types_become_float32(tmp_path: Path) -> None:
+    double = replace(sample(0), latents_CTHW=torch.full((1, 1, 1, 2), 1 / 3, dtype=torch.float64).mT)
+    write_shard(tmp_path / "x.tar", [double], {"part": "1-of-1"})
+    read = read_shards([tmp_path / "x.tar"]).samples[0].latents_CTHW
+    assert read.dtype == torch.float32 and torch.equal(read, double.latents_CTHW.float())
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"{}",
+        b"[]",
+        b"3",
+        b"{",
+        b'{"latents":{"dtype":"F64","shape":[3,2,2,2],"data_offsets":[0,48]}}',
+        b'{"latents":{"dtype":"BF16","shape":[3,2,2],"data_offsets":[0,48]}}',
+        b'{"latents":{"dtype":"BF16","shape":[3,2,2,3],"data_offsets":[0,48]}}',
+        b'{"latents":{"dtype":"BF16","shape":[-3,-2,2,2],"data_offsets":[0,48]}}',
+        b'{"latents":{"dtype":"BF16","shape":3}}',
+        b'{"latents":7}',
+        b'{"latents":{"dtype":"BF16","shape":[3,2,2,2]},"more":{}}',
+        b" " * 5000,
+    ],
+)
+def test_safetensors_of_another_kind_are_refused(tmp_path: Path, header: bytes) -> None:
+    path = tmp_path / "x.tar"
+    samples = [replace(sample(index), latents_CTHW=sample(index).latents_CTHW.bfloat16()) for index in range(2)]
+    write_shard(path, samples, {"part": "1-of-1"})
+    content = len(header).to_bytes(8, "little") + header + bytes(48)
+    with pytest.raises(UserError, match=re.escape(str(path))):
+        read_shards([rewritten(path, "00000001.latents.safetensors", content)])
+
+
+def test_manifest_tells_of_each_sample(tmp_path: Path) -> None:
+    """The hash is of what a sample shows: another number or seed has the same, another prompt, text or latent not."""
+    changed = [
+        sample(0),
+        replace(sample(0), index=1, seed=7),
+        replace(sample(0), index=2, prompt="another"),
+        replace(sample(0), index=3, text_LD=sample(1).text_LD),
+        replace(sample(0), index=4, latents_CTHW=-sample(0).latents_CTHW),
+        replace(sample(0), index=5, latents_CTHW=sample(0).latents_CTHW.half().float()),
+        replace(sample(0), index=6, latents_CTHW=sample(0).latents_CTHW.half()),
+    ]
+    write_shard(tmp_path / "x.tar", changed, {"part": "1-of-1"})
+    lines = read_json(tmp_path / "x.tar.json")["samples"]
+    assert [(line["index"], line["seed"]) for line in lines] == [(0, 100), (1, 7), *((k, 100) for k in range(2, 7))]
+    assert lines[0]["sha256"] == lines[1]["sha256"] and len({line["sha256"] for line in lines}) == 6
+
+
 def test_webdataset_reads_it(tmp_path: Path) -> None:
     paths = write_set(tmp_path, 1)
     read = list(webdataset.WebDataset(str(paths[0]), shardshuffle=False).decode())

@@ -64,7 +64,7 @@ def synthesize(arguments: Namespace) -> None:
     config = compose(arguments.overrides)
     train = config["suites"]["train"]
     inputs = [path for path in (arguments.teacher, arguments.prompts, arguments.text) if path is not None]
-    sections = ("synthesizer", "synthesis", "text", "frames", "height", "width", "inference")
+    sections = ("synthesizer", "synthesis", "text", "codec", "frames", "height", "width", "inference")
     numbers = {key: config[key] for key in sections} | {"shard": arguments.shard}
     with ExitStack() as stack:
         mesh = start(device=config["inference"]["device"], timeout=_A_DAY)
@@ -102,8 +102,8 @@ def _say_what_is_cut(encoder: Any, captions: Sequence[str], jobs: Sequence["Job"
     """Say which prompts are too long for the encoder; UserError for one that it does not know."""
     numbers = sorted({prompt for prompt, _ in jobs})
     if cut := encoder.cut([captions[prompt] for prompt in numbers]):
-        many = f"{len(cut)} of {len(numbers)} prompts, first the one on line {numbers[cut[0]] + 1}"
-        _say(f"{many}, are longer than {encoder.tokens} tokens and cut there")
+        many = f"{len(cut)} of {len(numbers)} prompts (number {numbers[cut[0]] + 1} is the first)"
+        _say(f"{many} are longer than {encoder.tokens} tokens and cut there")
 
 
 def _draw(
