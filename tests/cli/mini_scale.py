@@ -90,6 +90,10 @@ def write(folder: Path) -> Path:
     index_file.write_text(json.dumps({"metadata": {}, "weight_map": index}))
     state = {f"net.{name}": value.bfloat16() for name, value in _random(COSMOS).state_dict().items()}
     torch.save({**state, "net.blocks.0.self_attn.q_norm._extra_state": torch.zeros(0)}, files / "model.pt")
+    flat = {
+        name: v.flatten(1) if name == "patch_embedding.weight" else v for name, v in _random(WAN).state_dict().items()
+    }
+    torch.save({f"net.{name}": value for name, value in flat.items()}, files / "student.pt")  # as rCM's are
     torch.save(_random_codec().state_dict(), files / "vae.pth")
     torch.save(tiny_encoder("umt5").bfloat16().state_dict(), files / "umt5.pth")
     t5 = tiny_encoder("t5", seed=1).state_dict()
@@ -118,6 +122,20 @@ def write(folder: Path) -> Path:
         network = WAN if media == "clips" else COSMOS
         (config / "scale" / f"{scale}.yaml").write_text(yaml.safe_dump(PIPELINE))
         _write(config / "experiment" / f"{name}.yaml", whole, _changed(media, checkpoints, network, text))
+        if media == "clips":
+            own = {"student": {"source": str(files / "student.pt")}}
+            own |= {key: checkpoints[key] for key in ("codec", "text", "tokenizer")}
+            model = {
+                "media": media,
+                "frames": 5,
+                "height": 32,
+                "width": 48,
+                "network": WAN,
+                "codec": CODEC,
+                "text": text,
+            }
+            model |= {"checkpoints": own, "sampler": {"sigma_max": 80.0, "mid_times": [1.5, 1.4, 1.0]}}
+            (config / "model" / "mini-student.yaml").write_text(yaml.safe_dump(model))
     return config
 
 

@@ -97,6 +97,23 @@ def test_from_published_files_to_samples(name: str, tmp_path: Path) -> None:
         assert json.loads((out / "00001/metadata.jsonl").read_text())["prompt"] == PROMPTS[1]
 
 
+@pytest.mark.parametrize("model", ["mini-wan", "mini-cosmos", "mini-student"])
+def test_one_command_from_nothing(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # below which downloads go
+    out = tmp_path / ("out.png" if model == "mini-cosmos" else "out.mp4")
+    words = ["generate", "--model", model, "--prompt", "a red circle", "--out", str(out), "--steps", "2"]
+    words += [] if model == "mini-student" else ["--teacher"]
+    assert main(words) == 2  # nothing is there
+    run(*words, "--download")
+    made = read(out)
+    assert made.shape[-3:] == (32, 48, 3) or made.shape[-3] == 8 * 32  # small pictures are enlarged
+    again = main(words)  # all is there
+    assert again == 0 and np.array_equal(read(out), made)
+    (codec,) = (tmp_path / "data" / model / "checkpoints").glob("codec.pth")
+    codec.write_bytes(codec.read_bytes()[:-1] + b"x")
+    assert main([*words, "--download"]) == 2  # it has changed since
+
+
 def read(path: Path) -> np.ndarray:
     """Frames (T, H, W, 3) of a picture or a film."""
     if path.suffix == ".png":

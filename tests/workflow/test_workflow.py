@@ -125,7 +125,10 @@ def test_lint(snakemake: Run) -> None:
             ("scale=cosmos-predict2-2b", "tables=[table2]"),
             r"'tables' contains \"table2\", which is made of clips; .*images only",
         ),
-        (("scale=cosmos-predict2-2b", "tables=[table1]"), r"has no table1: samples of real models are not scored yet"),
+        (
+            ("scale=cosmos-predict2-2b", "tables=[table1]", "controls=[oracle, shuffled]"),
+            r"has no table1: samples of real models are not scored yet",
+        ),
         (("scale=wan2.1-14b", "overrides=[frames=80]"), r"'frames' is 80; allowed: .*1 \+ a multiple of codec.stride"),
         (("overrides=[distillation.student_updates=50]",), r"'distillation.scm_only' is 200; .*student_updates \(50\)"),
         (('overrides=["sampler.mid_times=[1.3]"]', "steps=[1]"), r"'objective.rollout_times' is \[1.3\]"),

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from rcm.artefact import UserError
-from rcm.checkpoints import read_settings
+from rcm.checkpoints import download, read_settings
 from rcm.cli import images, sizes
 from rcm.cli.config import compose
 from rcm.cli.models import EXPORTED
@@ -98,6 +98,7 @@ def _model(arguments: Namespace) -> tuple[str, dict[str, Any], Path]:
         scale, settings = named(arguments.model or scale)
     checkpoint = arguments.checkpoint or _checkpoint(scale, settings, arguments.teacher)
     if not arguments.teacher:
+        _fetch(arguments, scale, settings, "student", checkpoint)
         _exists(checkpoint, "checkpoint", "run `make tables` first" if scale == "tiny" else "distil it")
         settings |= _exported(checkpoint, bool(settings))
     return scale, settings, checkpoint
@@ -157,6 +158,7 @@ def _files(arguments: Namespace, scale: str, settings: Mapping[str, Any], checkp
         if given is None and "checkpoints" not in settings and settings["codec"]["kind"] != "cells":
             raise UserError(f"{checkpoint} does not say where its other files are: say --{option}, or --model")
         files[name] = given or stored(scale, settings, name)
+        _fetch(arguments, scale, settings, "transformer" if name == "checkpoint" else name, files[name])
         _exists(files[name], option, _remedy(scale, settings, name, files[name]))
     return files
 
@@ -165,18 +167,26 @@ def _checkpoint(scale: str, settings: Mapping[str, Any], of_teacher: bool) -> Pa
     """Where the pipeline puts a student or a teacher of a scale."""
     folder = Path("data", scale, settings["media"])
     if not of_teacher:
-        return folder / "rcm-0" / "student.safetensors"
+        released = "student" in settings.get("checkpoints", {})
+        return stored(scale, settings, "student") if released else folder / "rcm-0" / "student.safetensors"
     converted = folder / "teacher"
     return converted if converted.exists() else stored(scale, settings, "transformer")
 
 
 def stored(scale: str, settings: Mapping[str, Any], name: str) -> Path:
     """Where the pipeline puts a download; transformers are of one medium each."""
-    own = name in ("transformer", "synthesizer", "second")
+    own = name in ("transformer", "synthesizer", "second", "student")
     folder = Path("data", scale, *([settings["media"]] if own else []), "checkpoints")
     entry = settings.get("checkpoints", {}).get(name) or {"source": f"{name}.pth"}
     last = entry["source"].rpartition("/")[2]
     return folder / (name if not last or "*" in last else name + Path(last).suffix)
+
+
+def _fetch(arguments: Namespace, scale: str, settings: Mapping[str, Any], name: str, path: Path) -> None:
+    """Download a file, or verify that of an earlier download, if that was asked for and it is one of the model's."""
+    entry = settings.get("checkpoints", {}).get(name)
+    if arguments.download and entry and path == stored(scale, settings, name):
+        download(entry["source"], path, entry.get("sha256"))
 
 
 def _exists(path: Path, option: str, remedy: str) -> None:
