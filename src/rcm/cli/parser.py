@@ -93,6 +93,9 @@ def size(text: str) -> float:
 
 
 EXPERIMENT = "experiment=tiny-images|tiny-clips"
+DTYPE = Option(
+    "--dtype", "data type of the weights written", str, False, "keep", choices=("keep", "float32", "bfloat16")
+)
 
 STAGES: dict[str, Stage] = {
     "prompts": Stage(
@@ -155,7 +158,7 @@ STAGES: dict[str, Stage] = {
         "rcm.cli.embed:embed",
         "Encode prompts, the empty and the negative ones included, so that no other stage needs the text encoder.",
         (
-            Option("--prompts", "the prompts, FILE.jsonl"),
+            Option("--prompts", "the prompts, FILE.jsonl, .txt or .csv"),
             Option("--part", "which part of the prompts, such as 1-of-4; otherwise all", part, required=False),
             Option("--encoder", "the weights of the text encoder, a checkpoint, where it has any", required=False),
             Option("--tokenizer", "folder of its tokenizer.json, where it has weights", required=False),
@@ -270,10 +273,9 @@ STAGES: dict[str, Stage] = {
             Option("--student", "the student, a DCP folder, of averaged weights or of raw ones"),
             Option(
                 "--format",
-                "what to write: FILE.safetensors, FILE.pth, the folder FILE.diffusers",
+                "what to write: FILE.safetensors, FILE.pth, the folder FILE.diffusers (default: the first two)",
                 str,
                 required=False,
-                default=("safetensors", "pth"),
                 repeat=True,
                 choices=("safetensors", "pth", "diffusers"),
             ),
@@ -410,6 +412,7 @@ STAGES: dict[str, Stage] = {
                 group="model",
             ),
             Option("--teacher", "the checkpoint is a teacher, many steps with guidance", bool, False, group="model"),
+            Option("--download", "fetch and verify the files of the model below data/ first", bool, False, group="model"),
             Option(
                 "--checkpoint",
                 "an export of `rcm export`, or with --model any file or folder of the network "
