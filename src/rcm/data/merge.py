@@ -1,14 +1,14 @@
 """Several shards, of one set or of many, written anew as one set."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
 from rcm.artefact import UserError, atomic_folder
-from rcm.data.samples import Entry
+from rcm.data.samples import Entry, Sample
 from rcm.data.shards import one_shape, origin, part_indices, read_manifests, sample_at, verified, write_shard
 
 
@@ -53,14 +53,7 @@ def merge_shards(
     with atomic_folder(folder) as staging:
         for number in range(1, parts + 1):
             part = f"{number}-of-{parts}"
-
-            def samples(part: str = part) -> Iterable[Any]:
-                for index in part_indices(part, len(found)):
-                    _, _, file, entry = found[index]
-                    yield replace(sample_at(file, entry), index=index)
-                    advance(1)
-
-            write_shard(staging / f"{part}.tar", samples(), {"part": part, **manifest})
+            write_shard(staging / f"{part}.tar", _samples(found, part, advance), {"part": part, **manifest})
     return len(found)
 
 
@@ -92,6 +85,13 @@ def _check_indices(found: Sequence[Place], renumber: bool) -> None:
     for place, (_, index, *_) in enumerate(found):
         if index != place and not renumber:
             raise UserError(f"sample {place} is in none of the shards; give them all, or --renumber to close the gaps")
+
+
+def _samples(found: Sequence[Place], part: str, advance: Callable[[int], None]) -> Iterator[Sample]:
+    for index in part_indices(part, len(found)):
+        *_, file, entry = found[index]
+        yield replace(sample_at(file, entry), index=index)
+        advance(1)
 
 
 def _manifest(origins: Sequence[dict[str, Any]], found: Sequence[Place]) -> dict[str, Any]:
