@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageSequence
 
+from rcm.cli import generate
+
 from .conftest import Mini, Run
 
 HOSTILE = {
@@ -106,3 +108,24 @@ def test_the_samples_of_a_suite_come_again(mini: Mini, run: Run, tmp_path: Path)
         prompt, sample = int(path.parts[-3]), int(path.stem)
         with Image.open(path) as image:
             assert np.array_equal(np.load(tmp_path / f"x-{2 * prompt + sample}.npy")[0], np.array(image))
+
+
+def test_a_comment_holds_no_more_of_a_prompt_than_ffmpeg_takes(mini: Mini, run: Run, tmp_path: Path) -> None:
+    (tmp_path / "long.txt").write_text("\U0001f534" * 50_000, encoding="utf-8")
+    models = ("--checkpoint", mini.student, "--codec", mini.codec, "--steps", 1)
+    run("generate", *models, "--prompts", tmp_path / "long.txt", "--out", tmp_path / "x.mp4")
+    assert (tmp_path / "x.mp4").stat().st_size > 60_000  # 12 bytes for each of the 5,000 characters
+
+
+def test_more_frames_than_fit_in_memory_make_no_grid(
+    mini: Mini, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generate, "_GRID", 48 * 48 * 3 * 3)
+    models = ("--checkpoint", mini.student, "--codec", mini.codec, "--steps", 1, "--prompt", "a red circle")
+    run("generate", *models, "--samples", 3, "--out", tmp_path / "x.npy")
+    said = run("generate", *models, "--samples", 4, "--out", tmp_path / "y.npy")
+    assert "4 samples are too many for a grid" in said
+    assert sorted(path.stem for path in tmp_path.glob("*.npy")) == [
+        *("x", "x-0", "x-1", "x-2"),
+        *("y-0", "y-1", "y-2", "y-3"),
+    ]

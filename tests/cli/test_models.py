@@ -9,7 +9,7 @@ import math
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -29,9 +29,12 @@ import rcm.text
 import rcm.vision
 from rcm.artefact import sha256_file
 from rcm.checkpoints import export_safetensors, save_dcp, save_pth
+from rcm.cli import sizes
+from rcm.cli.config import compose
+from rcm.cli.orders import named
 from rcm.cli.parser import STAGES, parse
 from rcm.randomness import normal
-from rcm.tree import config_dir, settings_of
+from rcm.tree import config_dir, options, settings_of
 
 from ..text.tiny import SIZES as TEXT
 from ..text.tiny import tiny_encoder, write_tokenizer
@@ -477,26 +480,42 @@ def test_mistakes(options: str, said: str, models: World, fail: Run, tmp_path: P
     assert not (tmp_path / "x.png").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "option", "source"),
+    [
+        ("wan2.1-1.3b", (), "hf://Wan-AI/Wan2.1-T2V-1.3B/diffusion_pytorch_model.safetensors"),
+        ("wan2.2-i2v-a14b", ("--image", "x.png"), "hf://Wan-AI/Wan2.2-I2V-A14B/high_noise_model/"),
+    ],
+)
 def test_a_missing_file_says_how_to_get_it(
-    models: World, fail: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, option: Sequence[str], source: str, fail: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The command in the message fetches just this."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("RCM_CONFIG_DIR")
-    teacher = ("--teacher", "--prompt", "a", "--out", "x.mp4")
-    said = fail("generate", "--model", "wan2.1-1.3b", *teacher)
-    path = "data/wan2.1-1.3b/clips/checkpoints/transformer.safetensors"
-    assert f"`rcm download experiment=wan2.1-1.3b-clips --name transformer --out {path}` fetches it" in said
     Image.new("RGB", (9, 9)).save("x.png")
-    said = fail("generate", "--model", "wan2.2-i2v-a14b", *teacher, "--image", "x.png")
-    assert "checkpoints.transformer.source='hf://Wan-AI/Wan2.2-I2V-A14B/high_noise_model/'" in said
-    assert "an image: say which with --image" in fail(
-        "generate",
-        "--model",
-        "wan2.1-i2v-14b",
-        "--checkpoint",
-        "x.png",
-        *teacher,
-    )
+    said = fail("generate", "--model", name, "--teacher", "--prompt", "a", "--out", "x.mp4", *option)
+    program, stage, *words = shlex.split(said.split("`")[1])
+    arguments = parse(stage, words)
+    assert (program, stage) == ("rcm", "download")
+    assert compose(arguments.overrides)["checkpoints"][arguments.name]["source"] == source
+    assert said.startswith(f"rcm generate: error: {arguments.out} does not exist: ")
+
+
+@pytest.mark.parametrize("name", options("model"))
+def test_models_without_an_experiment_are_whole(name: str) -> None:
+    scale, settings = named(name)
+    network, codec = settings["network"], settings["codec"]
+    assert scale == name
+    assert network["in_channels"] == network["out_channels"] + codec["stride"] + codec["channels"]
+    assert network["text_width"] == settings["text"]["width"]
+    assert network["image_width"] == (settings["vision"]["width"] if "vision" in settings else None)
+    assert ("second" in settings["checkpoints"]) == ("boundary" in settings)
+    sizes.check(settings, (settings["width"], settings["height"]), settings["frames"])
+
+
+def test_an_image_to_video_model_needs_an_image(models: World, fail: Run, tmp_path: Path) -> None:
+    said = fail("generate", "--model", "i2v", "--teacher", "--prompt", "a", "--out", tmp_path / "x.mp4")
+    assert "say which with --image" in said
 
 
 @pytest.mark.parametrize("example", STAGES["generate"].more)

@@ -28,8 +28,8 @@ def test_grid_and_enlargement() -> None:
     assert sheet.shape == (1, 5, 8, 3)
     assert np.array_equal(sheet[0, 3:5, 6:8], frames[1, 2, 0])
     assert (sheet[0, 2] == 255).all()
-    assert enlarged(frames[0, 0], 9).shape == (1, 8, 8, 3)
-    assert enlarged(frames[0, 0], 1).shape == (1, 2, 2, 3)
+    assert np.array_equal(enlarged(frames[0, 0], 4)[0, 4:8, :4], np.broadcast_to(frames[0, 0, 0, 1, 0], (4, 4, 3)))
+    assert np.array_equal(enlarged(frames[0, 0], 1), frames[0, 0])
 
 
 @pytest.mark.parametrize("suffix", [".png", ".gif", ".mp4", ".npy"])

@@ -6,6 +6,7 @@ and network; clips are decoded piece by piece while they are written.
 """
 
 import json
+import math
 import re
 import sys
 import time
@@ -43,7 +44,8 @@ KNOWN = {
     *world.DIRECTIONS,
     *(word for phrase in world.RELATIONS for word in phrase.split()),
 }
-_NOTED = 10_000  # characters of a prompt in the metadata
+_NOTED = 5_000  # characters of a prompt in a comment: a film's is an argument of ffmpeg, which may have 128 KiB
+_GRID = 2 * 2**30  # bytes of all frames, beyond which there is no grid
 
 Draw = Callable[[Job], Tensor]  # latents (1, C, T, H, W) of a job
 Seconds = tuple[float, float]  # of sampling, of decoding
@@ -62,32 +64,35 @@ def generate(arguments: Namespace) -> None:
     draw = drawing(order, opened(order, decoder), texts)
 
     jobs = [(prompt, sample) for prompt in range(len(order.prompts)) for sample in range(order.samples)]
-    alone = len(jobs) == 1
-    facts, rate = described(order), frame_rate(order.settings["codec"])
-    kept: list[list[np.ndarray]] = []  # the frames of each sample, for the grid
+    facts, rate, factor = described(order), frame_rate(order.settings["codec"]), 1 if suffix == ".npy" else zoom(order)
+    in_grid = 1 < len(jobs) <= _GRID // (3 * math.prod(order.size) * order.settings["frames"] * factor**2)
+    kept: list[np.ndarray] = []  # the samples of the grid
     timed: list[Seconds] = []
     if arguments.benchmark:
         measured(order, decoder, draw, jobs[0])  # the first run chooses kernels and fills caches
     for number, job in enumerate(jobs):
-        pieces: Iterator[np.ndarray]
+        pieces: Iterable[np.ndarray]
         if arguments.benchmark:
             pieces, seconds = measured(order, decoder, draw, job)
             timed.append(seconds)
         else:
             pieces = decoded(order, decoder, draw(job))
-        kept.append([])
-        shown = (piece if suffix == ".npy" else enlarged(piece) for piece in pieces)
-        path = arguments.out if alone else arguments.out.with_stem(f"{arguments.out.stem}-{number}")
+        pieces = (enlarged(piece, factor) for piece in pieces)
+        if in_grid:
+            kept.append(np.concatenate(list(pieces)))
+            pieces = kept[-1:]
+        path = arguments.out.with_stem(f"{arguments.out.stem}-{number}") if len(jobs) > 1 else arguments.out
         about = facts | {"prompt": order.prompts[job[0]][:_NOTED], "job": job}
         with atomic_file(path) as temporary:
-            write(temporary, shown if alone else noted(shown, kept[-1]), rate=rate, comment=json.dumps(about))
-        print(f"wrote {path}: {in_words(order, suffix)}")
-    if not alone:
-        frames = np.stack([np.concatenate(pieces) for pieces in kept])
-        sheet = grid(frames.reshape(len(order.prompts), order.samples, *frames.shape[1:]))
+            write(temporary, pieces, rate=rate, comment=json.dumps(about))
+        print(f"wrote {path}: {in_words(order, factor)}")
+    if in_grid:
+        sheet = grid(np.stack(kept).reshape(len(order.prompts), order.samples, *kept[0].shape))
         with atomic_file(arguments.out) as temporary:
-            write(temporary, iter([sheet]), rate=rate, comment=json.dumps(facts))
+            write(temporary, [sheet], rate=rate, comment=json.dumps(facts))
         print(f"wrote {arguments.out}: these in a grid of {len(order.prompts)} x {order.samples}")
+    elif len(jobs) > 1:
+        note(f"{len(jobs)} samples are too many for a grid")
     if timed:
         print(report(order, timed))
     if order.settings["text"]["kind"] == "words":
@@ -183,7 +188,7 @@ def opened(order: Order, encoder: Any) -> nn.Module:
         conditions["condition_BCTHW"] = first_frame_condition(encoder, image, order.settings["frames"])
         if "vision" in order.files:
             with torch.device("meta"):
-                vision = rcm.vision.build(order.settings["vision"])
+                vision = rcm.vision.build(order.settings.get("vision", "clip-vit-huge-14"))
             conditions["image_BLD"] = filled(vision, order.files["vision"], order).encode(image)
             del vision
     built = network(order.settings["network"], order.files["checkpoint"], **order.placed)
@@ -195,13 +200,13 @@ def opened(order: Order, encoder: Any) -> nn.Module:
 
 def drawing(order: Order, built: nn.Module, texts: Encoded) -> Draw:
     """What draws the latents of a job; every call of the network is a step of a progress bar."""
-    settings, calls = order.settings, order.steps
+    settings = order.settings
     if order.of_teacher:
-        teacher = Teacher(built, texts, settings, settings["teacher"])
-        calls -= settings["teacher"]["sampler"] == "cosmos"  # whose last step has none
-        sample: Callable[..., Tensor] = teacher.sample
+        sample: Callable[..., Tensor] = Teacher(built, texts, settings, settings["teacher"]).sample
     else:
         sample = partial(Student(built, texts, settings).sample, steps=order.steps)
+    last_is_free = order.of_teacher and settings["teacher"]["sampler"] == "cosmos"
+    calls = order.steps - 1 if last_is_free else order.steps
 
     def draw(job: Job) -> Tensor:
         with Patient("sample", calls, "steps") as progress:
@@ -234,16 +239,10 @@ class Patient(Progress):
 # --- What is said and noted ------------------------------------------------------------------------------------------
 
 
-def noted(pieces: Iterable[np.ndarray], into: list[np.ndarray]) -> Iterator[np.ndarray]:
-    """The pieces, each of which is kept `into` a list when it comes by."""
-    for piece in pieces:
-        into.append(piece)
-        yield piece
-
-
 def described(order: Order) -> dict[str, Any]:
     """What files made by an order say of it, beside the prompt."""
     settings, section = order.settings, "teacher" if order.of_teacher else "sampler"
+    sampling = {key: value[:_NOTED] if isinstance(value, str) else value for key, value in settings[section].items()}
     return {
         "made_by": f"rcm {rcm.__version__}, torch {torch.__version__}",
         "files": {
@@ -251,7 +250,7 @@ def described(order: Order) -> dict[str, Any]:
             for name, path in order.files.items()
             if name in ("checkpoint", "second", "image")
         },
-        section: {**settings[section], "steps": order.steps},
+        section: {**sampling, "steps": order.steps},
         **({"times": settings["times"]} if "times" in settings else {}),
         **({"boundary": settings["boundary"]} if "second" in order.files else {}),
         **{key: settings[key] for key in ("width", "height", "frames")},
@@ -268,15 +267,19 @@ def identity(path: Path) -> str:
     return content_sha256(path)
 
 
-def in_words(order: Order, suffix: str) -> str:
+def zoom(order: Order) -> int:
+    """How often small frames are enlarged for people to look at: to at most about 384 pixels."""
+    return max(1, 384 // max(order.size))
+
+
+def in_words(order: Order, factor: int) -> str:
     """What a file holds."""
     (width, height), count = order.size, order.settings["frames"]
-    factor = 1 if suffix == ".npy" else enlarged(np.empty((1, height, width, 0), np.uint8)).shape[1] // height
     frames = f"{count} frames of " if count > 1 else ""
     return f"{frames}{width} x {height} pixels" + (f", enlarged {factor} times" if factor > 1 else "")
 
 
-def measured(order: Order, decoder: Any, draw: Draw, job: Job) -> tuple[Iterator[np.ndarray], Seconds]:
+def measured(order: Order, decoder: Any, draw: Draw, job: Job) -> tuple[list[np.ndarray], Seconds]:
     """The frames of a job, and the seconds that sampling and decoding took."""
 
     def now() -> float:
@@ -288,7 +291,7 @@ def measured(order: Order, decoder: Any, draw: Draw, job: Job) -> tuple[Iterator
     latents = draw(job)
     between = now()
     pieces = list(decoded(order, decoder, latents))
-    return iter(pieces), (between - start, now() - between)
+    return pieces, (between - start, now() - between)
 
 
 def report(order: Order, timed: Sequence[Seconds]) -> str:

@@ -203,8 +203,8 @@ def _remedy(scale: str, settings: Mapping[str, Any], name: str, path: Path) -> s
         return "check the path"
     if (experiment := f"{scale}-{settings['media']}") in options("experiment"):
         return f"`rcm download experiment={experiment} --name {key} --out {path}` fetches it"
-    words = f"experiment=wan2.1-14b-clips checkpoints.transformer.source='{settings['checkpoints'][key]['source']}'"
-    return f"`rcm download {words} --name transformer --out {path}` fetches it"
+    entry = f"checkpoints.transformer={{source: '{settings['checkpoints'][key]['source']}', sha256: null}}"
+    return f'`rcm download experiment=wan2.1-14b-clips "{entry}" --name transformer --out {path}` fetches it'
 
 
 # --- Sampling --------------------------------------------------------------------------------------------------------

@@ -127,9 +127,8 @@ def _mp4(path: Path, pieces: Iterable[np.ndarray], rate: float, comment: str) ->
         writer.close()
 
 
-def enlarged(frames_THWC: np.ndarray, size: int = 384) -> np.ndarray:
-    """Small frames enlarged by whole factors to about `size` pixels, for people to look at."""
-    factor = max(1, size // max(frames_THWC.shape[1:3]))
+def enlarged(frames_THWC: np.ndarray, factor: int) -> np.ndarray:
+    """Frames with every pixel `factor` times as high and wide."""
     return frames_THWC.repeat(factor, axis=1).repeat(factor, axis=2)
 
 
