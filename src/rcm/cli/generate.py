@@ -260,10 +260,10 @@ def described(order: Order) -> dict[str, Any]:
 
 
 def identity(path: Path) -> str:
-    """The SHA-256 of a file or folder; that of its record, where one was written since, for big files take a minute."""
-    record = beside(path, ".prov.json")
-    if record.exists() and record.stat().st_mtime >= path.stat().st_mtime:
-        return read_json(record)["sha256"]
+    """The SHA-256 of a file or folder; that of its record, where one was written since: big files take a minute."""
+    for record in (beside(path, ".download.json"), beside(path, ".prov.json")):
+        if record.exists() and record.stat().st_mtime >= path.stat().st_mtime:
+            return read_json(record)["sha256"]
     return content_sha256(path)
 
 

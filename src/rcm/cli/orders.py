@@ -99,7 +99,7 @@ def _model(arguments: Namespace) -> tuple[str, dict[str, Any], Path]:
     checkpoint = arguments.checkpoint or _checkpoint(scale, settings, arguments.teacher)
     if not arguments.teacher:
         _fetch(arguments, scale, settings, "student", checkpoint)
-        _exists(checkpoint, "checkpoint", "run `make tables` first" if scale == "tiny" else "distil it")
+        _exists(checkpoint, "checkpoint", _remedy(scale, settings, "student"))
         settings |= _exported(checkpoint, bool(settings))
     return scale, settings, checkpoint
 
@@ -158,8 +158,9 @@ def _files(arguments: Namespace, scale: str, settings: Mapping[str, Any], checkp
         if given is None and "checkpoints" not in settings and settings["codec"]["kind"] != "cells":
             raise UserError(f"{checkpoint} does not say where its other files are: say --{option}, or --model")
         files[name] = given or stored(scale, settings, name)
-        _fetch(arguments, scale, settings, "transformer" if name == "checkpoint" else name, files[name])
-        _exists(files[name], option, _remedy(scale, settings, name, files[name]))
+        source = "transformer" if name == "checkpoint" else name
+        _fetch(arguments, scale, settings, source, files[name])
+        _exists(files[name], option, _remedy(scale, settings, source))
     return files
 
 
@@ -194,17 +195,13 @@ def _exists(path: Path, option: str, remedy: str) -> None:
         raise UserError(f"{path} does not exist: {remedy}, or name another with --{option}")
 
 
-def _remedy(scale: str, settings: Mapping[str, Any], name: str, path: Path) -> str:
+def _remedy(scale: str, settings: Mapping[str, Any], name: str) -> str:
     """What makes a file that is missing."""
-    key = "transformer" if name == "checkpoint" else name
     if scale == "tiny":
         return "run `make tables` first"
-    if not settings.get("checkpoints", {}).get(key):
-        return "check the path"
-    if (experiment := f"{scale}-{settings['media']}") in options("experiment"):
-        return f"`rcm download experiment={experiment} --name {key} --out {path}` fetches it"
-    entry = f"checkpoints.transformer={{source: '{settings['checkpoints'][key]['source']}', sha256: null}}"
-    return f'`rcm download experiment=wan2.1-14b-clips "{entry}" --name transformer --out {path}` fetches it'
+    if entry := settings.get("checkpoints", {}).get(name):
+        return f"add --download, which fetches it from {entry['source']}"
+    return "distil it" if name == "student" else "check the path"
 
 
 # --- Sampling --------------------------------------------------------------------------------------------------------
