@@ -405,14 +405,16 @@ STAGES: dict[str, Stage] = {
             ),
             Option(
                 "--model",
-                "a scale, such as wan2.1-1.3b, or wan2.1-i2v-14b, wan2.2-i2v-a14b: its settings, where the "
-                "checkpoint has none, and where its files are (default: tiny)",
+                "a scale, such as wan2.1-1.3b, or one of config/model/, such as wan2.1-1.3b-rcm: its settings, "
+                "where the checkpoint has none, and where its files are (default: tiny)",
                 str,
                 False,
                 group="model",
             ),
             Option("--teacher", "the checkpoint is a teacher, many steps with guidance", bool, False, group="model"),
-            Option("--download", "fetch and verify the files of the model below data/ first", bool, False, group="model"),
+            Option(
+                "--download", "fetch and verify the files of the model below data/ first", bool, False, group="model"
+            ),
             Option(
                 "--checkpoint",
                 "an export of `rcm export`, or with --model any file or folder of the network "
@@ -613,7 +615,7 @@ def parse(name: str, argv: list[str]) -> argparse.Namespace:
 
     Overrides may stand before, between or after options. The values of PROMPTS may begin with a dash.
     """
-    words, texts = argv, {}
+    words, texts = argv, dict[str, str]()
     for option in PROMPTS:
         words, text = _without_prompt(words, option, {option.name for option in STAGES[name].options})
         texts |= {option[2:].replace("-", "_"): text} if text is not None else {}
