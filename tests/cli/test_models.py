@@ -345,6 +345,7 @@ def test_benchmark_and_rounded_weights(
     words += ["--samples", 2, "--precision", "bfloat16", "--benchmark", "--prompt", "a", "--out", tmp_path / "x.gif"]
     assert main([str(word) for word in words]) == 0
     line = capsys.readouterr().out.splitlines()[-1]
+    assert (comment(tmp_path / "x.gif")["prompts"], comment(tmp_path / "x-1.gif")["job"]) == (["a"], [0, 1])
     assert "batch 1, CPU, bfloat16, the mean of 2 after one to warm up" in line
     total, rate, sampling, decoding = (
         float(line.split(word)[0].split()[-1]) for word in (" s a sample", " frames per", " s for 2", " s for dec")

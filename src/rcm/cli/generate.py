@@ -88,8 +88,9 @@ def generate(arguments: Namespace) -> None:
         print(f"wrote {path}: {in_words(order, factor)}")
     if in_grid:
         sheet = grid(np.stack(kept).reshape(len(order.prompts), order.samples, *kept[0].shape))
+        about = facts | {"prompts": [prompt[: _NOTED // len(order.prompts)] for prompt in order.prompts]}
         with atomic_file(arguments.out) as temporary:
-            write(temporary, [sheet], rate=rate, comment=json.dumps(facts))
+            write(temporary, [sheet], rate=rate, comment=json.dumps(about))
         print(f"wrote {arguments.out}: these in a grid of {len(order.prompts)} x {order.samples}")
     elif len(jobs) > 1:
         note(f"{len(jobs)} samples are too many for a grid")
