@@ -8,6 +8,7 @@ Whatever the number of ranks that wrote a folder, any other number reads it, eac
 """
 
 import hashlib
+import os
 import pickle
 import warnings
 from collections.abc import Callable, Mapping
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, FileSystemReader, FileSystemWriter, _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -102,18 +103,30 @@ class _Writer(FileSystemWriter):
     """Every rank hashes what it wrote; rank 0 calls `complete(hashes by file name)` when all of it is on the disk."""
 
     def __init__(self, folder: Path, complete: Callable[[dict[str, str]], None]):
-        super().__init__(folder, per_thread_copy_ahead=0)  # the tensors are in host memory already
+        super().__init__(folder)
         self.complete = complete
 
     def storage_meta(self) -> None:
         """Nothing, for DCP would note the temporary folder and a random identifier."""
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """One file for all items, as DCP's own, which would keep every tensor until the last is written."""
         written: Future[list[WriteResult]] = Future()
-        results = super().write_data(plan, planner).value() if plan.items else []  # nothing to write: no empty file
-        hashes = {name: sha256_file(Path(self.path, name)) for name in {r.storage_data.relative_path for r in results}}
+        if not plan.items:  # no empty file
+            written.set_result([])
+            return written
+        name = f"{plan.storage_data.prefix}0{DEFAULT_SUFFIX}"
+        places: list[_StorageInfo] = []
+        with Path(self.path, name).open("wb") as file:
+            for item in plan.items:
+                start = file.tell()
+                torch.save(_alone(planner.resolve_data(item)), file)
+                places.append(_StorageInfo(name, start, file.tell() - start))
+            file.flush()
+            os.fsync(file.fileno())
+        digest = sha256_file(Path(self.path, name))
         written.set_result(
-            [_Hashed(r.index, r.size_in_bytes, r.storage_data, hashes[r.storage_data.relative_path]) for r in results]
+            [_Hashed(item.index, at.length, at, digest) for item, at in zip(plan.items, places, strict=True)]
         )
         return written
 
@@ -121,6 +134,12 @@ class _Writer(FileSystemWriter):
         super().finish(metadata, results)
         hashes = {r.storage_data.relative_path: r.sha256 for of_rank in results for r in of_rank}  # type: ignore[attr-defined]
         self.complete(hashes | {_METADATA: sha256_file(Path(self.path, _METADATA))})
+
+
+def _alone(value: Any) -> Tensor:
+    """A tensor in host memory with a storage of its own: torch.save writes the whole of a storage."""
+    value = value.detach().cpu()
+    return value if value.untyped_storage().size() == value.nbytes else value.clone()
 
 
 class _Planner(DefaultSavePlanner):
