@@ -19,6 +19,10 @@ OPTIONAL = {  # distribution: what happens without it
     "triton": "on a GPU, attention with tangents streams in plain PyTorch, slower",
     "transformer-engine": "on a GPU, AdamW is that of PyTorch",
     "flash-attn": "on a GPU, the gradient of attention takes the kernels that PyTorch carries",
+    "transformers": "no text encoders of real models: pip install -e .[models]",
+    "ftfy": "no text encoder of Wan2.1: pip install -e .[models]",
+    "huggingface_hub": "no downloads from the Hub: pip install -e .[models]",
+    "boto3": "no downloads from S3: pip install -e .[models]",
 }
 
 
