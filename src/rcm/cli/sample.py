@@ -14,7 +14,7 @@ from torch import Tensor
 from rcm.artefact import UserError, atomic_folder, recording
 from rcm.cli.config import compose
 from rcm.cli.models import Job, Student, Teacher, codec, jobs_of, placed, student, teacher
-from rcm.cli.pictures import encode
+from rcm.cli.pictures import encode, frame_rate
 from rcm.cli.progress import Progress
 from rcm.codecs import from_pixels, to_pixels
 from rcm.data import world
@@ -39,7 +39,7 @@ def sample(arguments: Namespace) -> None:
         captions = read_prompt_file(arguments.prompts)
         make = _maker(arguments, config, captions, suite["seed"])
         jobs = jobs_of(arguments.part, len(captions), suite["samples"])
-        seconds = 0.0
+        seconds, suffix, rate = 0.0, f".{config['inference']['format']}", frame_rate(config["codec"])
         with atomic_folder(arguments.out) as folder, Progress("sample", len(jobs), "samples") as progress:
             for start in range(0, len(jobs), batch):
                 chosen = jobs[start : start + batch]
@@ -47,18 +47,18 @@ def sample(arguments: Namespace) -> None:
                 made = make(chosen)
                 seconds += time.perf_counter() - began
                 for job, frames in zip(chosen, made, strict=True):
-                    _write(folder, job, captions[job[0]], frames, config["inference"]["format"])
+                    _write(folder, job, captions[job[0]], encode(frames, suffix, rate=rate), suffix)
                 progress.advance(len(chosen))
         facts |= {"samples": len(jobs), "sampling_seconds": round(seconds, 3)}
 
 
-def _write(folder: Path, job: Job, caption: Metadata, frames_THWC: np.ndarray, suffix: str) -> None:
+def _write(folder: Path, job: Job, caption: Metadata, content: bytes, suffix: str) -> None:
     """Write one sample as `00012/samples/0003.png`, beside it the caption as GenEval's evaluator expects it."""
     of_prompt = folder / f"{job[0]:05d}"
     (of_prompt / "samples").mkdir(parents=True, exist_ok=True)
     if job[1] == 0:
         (of_prompt / "metadata.jsonl").write_text(json.dumps(caption) + "\n", encoding="utf-8")
-    (of_prompt / "samples" / f"{job[1]:04d}.{suffix}").write_bytes(encode(frames_THWC, f".{suffix}"))
+    (of_prompt / "samples" / f"{job[1]:04d}{suffix}").write_bytes(content)
 
 
 def _maker(arguments: Namespace, config: Mapping[str, Any], captions: Sequence[Metadata], seed: int) -> Maker:
