@@ -139,6 +139,19 @@ def test_parts_run_at_once(server: Server, tmp_path: Path) -> None:
     assert (tmp_path / "x.pth").read_bytes() == CONTENT
 
 
+def test_two_processes_do_not_write_the_same_file(server: Server, tmp_path: Path) -> None:
+    server.hold = threading.Event()
+    thread = threading.Thread(target=download, args=(server.url, tmp_path / "x.pth", SHA))
+    thread.start()
+    while not server.requested and thread.is_alive():
+        time.sleep(0.01)
+    with pytest.raises(UserError, match="is being fetched by another process"):
+        download(server.url, tmp_path / "x.pth", SHA)
+    server.hold.set()
+    thread.join()
+    assert (tmp_path / "x.pth").read_bytes() == CONTENT
+
+
 @pytest.mark.parametrize("length", [True, False])
 def test_a_server_without_ranges(server: Server, tmp_path: Path, length: bool) -> None:
     server.ranges, server.length = False, length
@@ -230,6 +243,12 @@ def test_whatever_was_left_behind(server: Server, tmp_path: Path, monkeypatch: p
         server.cut = len(CONTENT)
     if left == "a torn journal":
         journal.write_bytes(journal.read_bytes() + b"0 9")
+        with monkeypatch.context() as patch:  # what is appended to it is read once more
+            patch.setattr(transfer, "TRIES", 1)
+            server.cut = 50_000
+            with pytest.raises(UserError):
+                download(server.url, out, SHA)
+            server.cut = len(CONTENT)
     elif left == "another file":
         partial.write_bytes(b"something")
         journal.write_bytes(b"else")
@@ -410,3 +429,10 @@ def test_wrong_arguments(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="64 hexadecimal digits"):
             download("x.pth", tmp_path / "x", wrong)
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize(("module", "source"), [("boto3", "s3://b/x"), ("huggingface_hub", "hf://a/b/x")])
+def test_without_the_extra_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, source: str) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match=rf"needs the package {module}: install it with `pip install -e \.\[models\]`"):
+        download(source, tmp_path / "x")

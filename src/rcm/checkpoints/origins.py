@@ -133,7 +133,7 @@ def _version(response: Any) -> str:
 @contextmanager
 def _get(url: str, address: str, span: dict[str, str], headers: Mapping[str, str] | None = None) -> Iterator[Any]:
     """The answer to a GET; `headers` go to the URL's host alone, not where that redirects to."""
-    request = urllib.request.Request(url, headers={"Accept-Encoding": "identity", **span})
+    request = urllib.request.Request(url, headers={"User-Agent": "rcm", "Accept-Encoding": "identity", **span})
     for name, value in (headers or {}).items():
         request.add_unredirected_header(name, value)
     try:

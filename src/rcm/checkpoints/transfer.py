@@ -100,7 +100,9 @@ class _Transfer:
         """Take up what the journal says has arrived, or begin anew."""
         identity = json.dumps([self.remote.size, self.remote.version, PART]).encode()
         self.journal.seek(0)
-        first, *lines = self.journal.read().split(b"\n")[:-1] or [b""]  # a last line without its end does not count
+        content = self.journal.read()
+        self.journal.truncate(content.rfind(b"\n") + 1)  # a last line without its end does not count
+        first, *lines = content.split(b"\n")[:-1] or [b""]
         if first == identity and self.remote.ranges and self.partial.exists():
             for line in lines:
                 part, done = map(int, line.split())
