@@ -34,7 +34,7 @@ def precision(arguments: Namespace) -> None:
             errors = rounding_errors(
                 measured.network,
                 guide.network,
-                guide.sample(text, jobs, seed=seed),
+                guide.sample(encoded, jobs, seed=seed),
                 noise_of(jobs, shape, seed=seed, step=1),
                 encoded,
                 guide.encoder.encode([config["teacher"]["negative_prompt"]]),
