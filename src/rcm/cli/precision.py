@@ -30,6 +30,8 @@ def precision(arguments: Namespace) -> None:
         jobs = [(prompt, 0) for prompt in range(0, len(captions), apart)][: settings["samples"]]
         encoded = guide.encoder.encode([captions[prompt] for prompt, _ in jobs])
         times = middles(settings["times"])
+        # F_c + s (F_c - F_u) is F_u + (s + 1) (F_c - F_u)
+        scale = config["teacher"]["guidance"] + (config["teacher"]["guidance_form"] == "conditional")
         with Progress("precision", len(times), "times") as progress:
             errors = rounding_errors(
                 measured.network,
@@ -38,7 +40,7 @@ def precision(arguments: Namespace) -> None:
                 noise_of(jobs, shape, seed=seed, step=1),
                 encoded,
                 guide.encoder.encode([config["teacher"]["negative_prompt"]]),
-                guidance=config["teacher"]["guidance"],
+                guidance=scale,
                 times=times,
                 advance=progress.advance,
             )
