@@ -130,6 +130,25 @@ def test_a_downloaded_safetensors_is_verified_before_use(tmp_path: Path) -> None
     assert open_state(tmp_path / "y.safetensors", verified=True)["a"].shape == (100,)
 
 
+def test_the_old_format_is_read_tensor_by_tensor_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tied weights, as T5's, are one record; the file has no checksums but those of its download."""
+    shared = torch.randn(100, 30)
+    state = {"shared.weight": shared, "decoder.embed_tokens.weight": shared, "x": torch.randn(3000), "row": shared[7]}
+    path = written(tmp_path, "old.pth", state)
+    download(str(path), tmp_path / "y.bin")
+    monkeypatch.setattr("torch.load", None)
+    assert same(dict(open_state(tmp_path / "y.bin")), state)
+    content = bytearray(path.read_bytes())
+    for kept in (5, 100, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:kept])
+        with pytest.raises(UserError, match=r"old\.pth is damaged"):
+            open_state(path)
+    content[-9] ^= 1
+    (tmp_path / "y.bin").write_bytes(content)
+    with pytest.raises(UserError, match=r"y\.bin has changed since it was downloaded"):
+        open_state(tmp_path / "y.bin")
+
+
 @pytest.mark.parametrize("damage", ["truncated", "flipped"])
 @pytest.mark.parametrize("form", ["x.pth", "export.safetensors", "dcp"])
 def test_damage(tmp_path: Path, form: str, damage: str) -> None:

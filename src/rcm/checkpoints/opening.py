@@ -1,5 +1,6 @@
 """Opening a checkpoint, whatever its format, and filling a built network from it."""
 
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,23 +30,26 @@ def open_state(path: Path | str, *, verified: bool = False) -> LazyState:
             file), or a DCP folder.
         verified: its SHA-256 was compared already.
 
-    DCP folders, exports of this project and `.safetensors` that were downloaded are verified first, which reads them
-    once; a `.pth` has checksums of its own, which are compared as its tensors are read. A missing or damaged file is a
-    UserError.
+    DCP folders, exports of this project and what was downloaded are verified first, which reads them once; but a `.pth`
+    (since torch 1.6) has checksums of its own, which are compared as its tensors are read. A missing or damaged file is
+    a UserError.
     """
     path = Path(path)
     if not path.exists():
         raise UserError(f"checkpoint {path} does not exist; download or make it first")
-    if path.is_dir() and (path / MANIFEST).exists():
+    flat, header = path.is_file() and path.suffix != ".safetensors", dict[str, str]()
+    if not verified and not (path / MANIFEST).exists() and not (flat and zipfile.is_zipfile(path)):
+        verify(path, whole=False)
+    if (path / MANIFEST).exists():
         state = open_dcp(path)
-    elif not path.is_dir() and path.suffix != ".safetensors":
+    elif flat:
         state = open_pth(path)
+    elif path.is_dir():
+        state = open_folder(path)
     else:
-        if not verified:
-            verify(path, whole=False)
-        state, header = (open_folder(path), dict[str, str]()) if path.is_dir() else open_safetensors(path)
-        if not verified:
-            check_export(path, state, header)
+        state, header = open_safetensors(path)
+    if not verified:
+        check_export(path, state, header)
     return state.renamed(official(state))
 
 

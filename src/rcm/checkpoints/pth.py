@@ -1,13 +1,14 @@
 """`.pth` files: a flat state as `torch.save` writes it, read and written one tensor at a time.
 
-Such a file is a zip archive: a pickle that says which tensor is which part of which record, and the records. The pickle
-is read by an unpickler that knows tensors and nothing else, so nothing that a file brings along is run; the records are
-read when they are asked for, into the place where they are wanted, and their checksums compared on the way (torch.load
-does not). Neither the file nor a copy of it is ever in memory as a whole, nor mapped.
+Such a file holds a pickle that says which tensor is which part of which record, and the records. The pickle is read by
+an unpickler that knows tensors and nothing else, so nothing that a file brings along is run; the records are read when
+they are asked for, into the place where they are wanted, and their checksums compared on the way (torch.load does not).
+Neither the file nor a copy of it is ever in memory as a whole, nor mapped.
 """
 
 import io
 import math
+import os
 import pickle
 import zipfile
 from collections import OrderedDict
@@ -21,11 +22,12 @@ import torch
 from torch import Tensor
 
 from rcm.artefact import UserError, atomic_file, reason
-from rcm.checkpoints.flat import State, checked, raw
+from rcm.checkpoints.flat import State, raw
 from rcm.checkpoints.keys import OUTER, is_weight, official
 from rcm.checkpoints.lazy import LazyState, lazy
 
 _CHUNK = 2**24  # bytes read at once
+_MAGIC = 0x1950A86A20F9469CFC6C  # of the format before torch 1.6
 _ALIGNMENT = 64  # bytes; of the records, as torch.save aligns them
 _STORAGES = {  # data types younger than these have no class of storage
     "DoubleStorage": torch.float64,
@@ -85,8 +87,8 @@ class _Known:
         return self.call(*arguments)
 
 
-def _entry(storage: _Storage, offset: int, shape: Any, stride: Any, _grad: bool, _hooks: Any, *more: Any) -> _Entry:
-    dtype = storage.dtype if storage.dtype is not None else more[0]
+def _entry(storage: _Storage, offset: int, shape: Any, stride: Any, *more: Any) -> _Entry:
+    dtype = storage.dtype if storage.dtype is not None else more[2]  # behind requires_grad and hooks
     sizes = tuple(map(int, shape)), tuple(map(int, stride))
     if len(sizes[0]) != len(sizes[1]) or min((offset, *sizes[0], *sizes[1])) < 0:
         raise pickle.UnpicklingError("a tensor with impossible sizes")
@@ -96,6 +98,7 @@ def _entry(storage: _Storage, offset: int, shape: Any, stride: Any, _grad: bool,
 _ADMITTED: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): OrderedDict,
     ("torch", "Size"): _Known(lambda sizes=(): tuple(sizes)),
+    ("torch._utils", "_rebuild_tensor"): _Known(_entry),
     ("torch._utils", "_rebuild_tensor_v2"): _Known(_entry),
     ("torch._utils", "_rebuild_tensor_v3"): _Known(_entry),
     ("torch._utils", "_rebuild_parameter"): _Known(lambda entry, *_: entry),
@@ -107,6 +110,10 @@ _ADMITTED: dict[tuple[str, str], Any] = {
 
 
 class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: Any):
+        super().__init__(file)
+        self.storages: dict[str, _Storage] = {}
+
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _ADMITTED:
             return _ADMITTED[module, name]
@@ -117,10 +124,10 @@ class _Unpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it holds a {module}.{name}")
 
     def persistent_load(self, identity: Any) -> _Storage:
-        kind, dtype, record, _, length = identity
-        if kind != "storage":
-            raise pickle.UnpicklingError(f"it holds a {kind}")
-        return _Storage(str(record), dtype, int(length))
+        kind, dtype, record, _, length, *view = identity
+        if kind != "storage" or any(view):
+            raise pickle.UnpicklingError(f"it holds a {kind} that is no storage of its own")
+        return self.storages.setdefault(str(record), _Storage(str(record), dtype, int(length)))
 
 
 def open_pth(path: Path | str) -> LazyState:
@@ -128,32 +135,119 @@ def open_pth(path: Path | str) -> LazyState:
 
     A missing or damaged file, one that would run code, and one that is not a flat dict of tensors (but for one outer
     level such as {"model": ...}) are UserErrors: damage of the pickle at once, of a tensor when it is read. The format
-    before torch 1.6 has no records and is read as a whole.
+    before torch 1.6 is no archive and has no checksums.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"checkpoint {path} does not exist or is not a file")
     try:
-        if not zipfile.is_zipfile(path):
-            return _renamed(lazy(checked(_inner(torch.load(path, "cpu", weights_only=True)), str(path)), str(path)))
+        content, records = _Archive.opened(path) if zipfile.is_zipfile(path) else _Sequence.opened(path)
+        entries = _entries(_inner(content), str(path))
+        for name, entry in entries.items():
+            if (entry.offset + entry.span) * entry.dtype.itemsize > records.size(entry.record):
+                raise ValueError(f"{name} is larger than its record")
+    except UserError:
+        raise
+    except Exception as error:  # a damaged archive or pickle fails in many ways
+        raise _unreadable(path, error) from error
+
+    def fill(name: str, out: Tensor) -> None:
+        entry = entries[name]
+        try:
+            if _is_contiguous(entry):
+                records.read(entry.record, entry.offset * entry.dtype.itemsize, raw(out))
+            else:
+                span = torch.empty(entry.span, dtype=entry.dtype)
+                records.read(entry.record, entry.offset * entry.dtype.itemsize, raw(span))
+                out.copy_(span.as_strided(entry.shape, entry.stride))
+        except (zipfile.BadZipFile, EOFError, OSError, ValueError) as error:
+            raise _unreadable(path, error) from error
+
+    described = {name: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for name, entry in entries.items()}
+    return LazyState(described, fill).renamed(official(described))
+
+
+@dataclass(frozen=True)
+class _Archive:
+    """The format since torch 1.6: a zip archive of the pickle and the records."""
+
+    archive: zipfile.ZipFile
+    folder: str
+    intact: set[str] = field(default_factory=set)  # records whose checksum was compared
+
+    @classmethod
+    def opened(cls, path: Path) -> tuple[Any, "_Archive"]:
         archive = zipfile.ZipFile(path)
         index = next(name for name in archive.namelist() if name.endswith("data.pkl"))
         folder = index.removesuffix("data.pkl")
         if f"{folder}byteorder" in archive.namelist() and archive.read(f"{folder}byteorder") != b"little":
             raise ValueError("its numbers are big-endian")
-        content = _inner(_Unpickler(io.BytesIO(archive.read(index))).load())
-        entries = _entries(content, str(path))
-        records = {entry.record: archive.getinfo(f"{folder}data/{entry.record}") for entry in entries.values()}
-        _check_bounds(path, entries, records)
-    except UserError:
-        raise
-    except Exception as error:  # a damaged archive or pickle fails in many ways
-        raise _unreadable(path, error) from error
-    return _renamed(_Records(path, archive, entries, records).state())
+        return _Unpickler(io.BytesIO(archive.read(index))).load(), cls(archive, folder)
+
+    def size(self, record: str) -> int:
+        info = self.archive.getinfo(f"{self.folder}data/{record}")
+        if info.compress_type != zipfile.ZIP_STORED:
+            raise ValueError(f"{info.filename} is compressed")
+        return info.file_size
+
+    def read(self, record: str, start: int, place: memoryview) -> None:
+        """Fill `place` from a record; zipfile compares the checksum of what is read whole, as it is the first time."""
+        with cast(zipfile.ZipExtFile, self.archive.open(f"{self.folder}data/{record}")) as file:
+            if record in self.intact:
+                file.seek(start)
+                _read(file, place)
+                return
+            _skip(file, start)
+            _read(file, place)
+            _skip(file, self.size(record) - start - len(place) + 1)
+            self.intact.add(record)
 
 
-def _renamed(state: LazyState) -> LazyState:
-    return state.renamed(official(state))
+@dataclass(frozen=True)
+class _Sequence:
+    """The format before: four pickles, the third of them the state's, and the records one after the other."""
+
+    path: Path
+    places: Mapping[str, tuple[int, int]]  # where each record begins in the file, and its bytes
+
+    @classmethod
+    def opened(cls, path: Path) -> tuple[Any, "_Sequence"]:
+        with path.open("rb") as file:
+            magic, _, system = (_Unpickler(file).load() for _ in range(3))
+            if magic != _MAGIC or not system["little_endian"]:
+                raise ValueError("it does not begin as one with little-endian numbers")
+            unpickler = _Unpickler(file)
+            content = unpickler.load()
+            places, end = {}, path.stat().st_size
+            for record in _Unpickler(file).load():
+                _, dtype, length = unpickler.storages[record]
+                size = length * (1 if dtype is None else dtype.itemsize)
+                if int.from_bytes(file.read(8), "little") != length or file.tell() + size > end:
+                    raise EOFError(f"record {record} is cut short")
+                places[record] = file.tell(), size
+                file.seek(size, os.SEEK_CUR)
+        return content, cls(path, places)
+
+    def size(self, record: str) -> int:
+        return self.places[record][1]
+
+    def read(self, record: str, start: int, place: memoryview) -> None:
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self.places[record][0] + start)
+            _read(file, place)
+
+
+def _read(file: Any, place: memoryview) -> None:
+    done = 0
+    while done < len(place):
+        if not (count := file.readinto(place[done : done + _CHUNK])):
+            raise EOFError("a record ends early")
+        done += count
+
+
+def _skip(file: Any, count: int) -> None:
+    while count > 0 and (chunk := file.read(min(count, _CHUNK))):
+        count -= len(chunk)
 
 
 def _inner(content: Any) -> Any:
@@ -177,66 +271,6 @@ def _entries(content: Any, where: str) -> dict[str, _Entry]:
     if not weights:
         raise UserError(f"{where} holds no tensors; {expected}")
     return weights
-
-
-def _check_bounds(path: Path, entries: Mapping[str, _Entry], records: Mapping[str, zipfile.ZipInfo]) -> None:
-    length = path.stat().st_size
-    for record in records.values():
-        if record.compress_type != zipfile.ZIP_STORED or record.header_offset + record.file_size > length:
-            raise ValueError(f"record {record.filename} is compressed or cut short")
-    for name, entry in entries.items():
-        if (entry.offset + entry.span) * entry.dtype.itemsize > records[entry.record].file_size:
-            raise ValueError(f"{name} is larger than its record")
-
-
-@dataclass(frozen=True)
-class _Records:
-    """The records of an open archive."""
-
-    path: Path
-    archive: zipfile.ZipFile
-    entries: Mapping[str, _Entry]
-    records: Mapping[str, zipfile.ZipInfo]
-    intact: set[str] = field(default_factory=set)  # records whose checksum was compared
-
-    def state(self) -> LazyState:
-        described = {
-            name: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for name, entry in self.entries.items()
-        }
-        return LazyState(described, self._fill)
-
-    def _fill(self, name: str, out: Tensor) -> None:
-        entry = self.entries[name]
-        try:
-            if _is_contiguous(entry):
-                self._read(entry, raw(out))
-            else:
-                span = torch.empty(entry.span, dtype=entry.dtype)
-                self._read(entry, raw(span))
-                out.copy_(span.as_strided(entry.shape, entry.stride))
-        except (zipfile.BadZipFile, EOFError, OSError, ValueError) as error:
-            raise _unreadable(self.path, error) from error
-
-    def _read(self, entry: _Entry, place: memoryview) -> None:
-        """Fill `place` with the entry's part of its record; zipfile compares the checksum where all of it is read."""
-        record, start, done = self.records[entry.record], entry.offset * entry.dtype.itemsize, 0
-        with cast(zipfile.ZipExtFile, self.archive.open(record)) as file:
-            if entry.record in self.intact:
-                file.seek(start)
-            else:
-                _skip(file, start)
-            while done < len(place):
-                if not (count := file.readinto(place[done : done + _CHUNK])):
-                    raise EOFError(f"{record.filename} ends early")
-                done += count
-            if entry.record not in self.intact:
-                _skip(file, record.file_size - start - done + 1)
-                self.intact.add(entry.record)
-
-
-def _skip(file: Any, count: int) -> None:
-    while count > 0 and (chunk := file.read(min(count, _CHUNK))):
-        count -= len(chunk)
 
 
 def _is_contiguous(entry: _Entry) -> bool:
