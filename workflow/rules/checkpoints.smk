@@ -5,7 +5,7 @@ for NAME in CHECKPOINTS:
         name:
             f"download_{NAME}"
         output:
-            directory(stored(NAME)) if is_folder(NAME) else stored(NAME),
+            directory(fetched(NAME)) if several(CHECKPOINTS[NAME]) else fetched(NAME),
         log:
             of_medium("<logs>/download/{}.log", NAME),
         benchmark:
@@ -33,7 +33,7 @@ for ROLE, NAME, FOLDER in (("network", "transformer", "teacher"), ("synthesizer"
             name:
                 "convert" if ROLE == "network" else "convert_synthesizer"
             input:
-                stored(NAME),
+                fetched(NAME),
             output:
                 directory(f"<data>/{{media}}/{FOLDER}"),
             log:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 try:
     from rcm.artefact import UserError
-    from rcm.cli.config import compose, options, read_schema, validate
+    from rcm.cli.config import OF_A_MEDIUM, compose, options, read_schema, several, stored, validate
     from rcm.cli.sources import code_digest
 except ImportError as error:
     sys.exit(
@@ -79,9 +79,6 @@ def tree(*words):
     return compose(words)
 
 
-OWN = ("transformer", "synthesizer")  # downloads that every medium of a scale has for itself
-
-
 def check_trees():
     """Compose the tree of every medium and method, so that a mistake there shows at once, and compare it with steps."""
     shared = {}
@@ -101,7 +98,7 @@ def check_trees():
                 f"the scale {config['scale']} has no {scored[0]}: samples of real models are not scored yet; allowed: "
                 "tables [] and figures without figure_quality_diversity"
             )
-        for name in composed["checkpoints"].keys() - {*OWN}:
+        for name in composed["checkpoints"].keys() - {*OF_A_MEDIUM}:
             if shared.setdefault(name, composed["checkpoints"][name]) != composed["checkpoints"][name]:
                 raise UserError(
                     f"configuration key 'checkpoints.{name}' differs between the media of the scale {config['scale']}; "
@@ -237,28 +234,20 @@ def sized(tiny, big):
     return big if BIG else tiny
 
 
-def is_folder(name):
-    """Whether a download is more than one file."""
-    last = CHECKPOINTS[name].rpartition("/")[2]
-    return not last or "*" in last
-
-
-def stored(name):
-    """Where a download goes."""
-    folder = "<data>/{media}/checkpoints" if name in OWN else "<data>/checkpoints"
-    suffix = "" if is_folder(name) else os.path.splitext(CHECKPOINTS[name])[1]
-    return f"{folder}/{name}{suffix}"
+def fetched(name):
+    """Where a download goes, for rules with the wildcard media."""
+    return stored(SCALE, "{media}", name, CHECKPOINTS[name])
 
 
 def of_medium(pattern, name):
     """A pattern of log or benchmark files of a download, with the medium where it has one."""
-    return pattern.format(f"{{media}}-{name}" if "{media}" in stored(name) else name)
+    return pattern.format(f"{{media}}-{name}" if "{media}" in fetched(name) else name)
 
 
 def prompt_file(wildcards):
     """The downloaded file that a suite takes its prompts from; none where they are drawn."""
     name = tree(*chosen(wildcards), *config["overrides"])["suites"][wildcards.suite].get("file")
-    return stored(name) if name else []
+    return fetched(name) if name else []
 
 
 def texts(suite, part):

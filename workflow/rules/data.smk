@@ -28,8 +28,8 @@ if ENCODED:
     rule embed:
         input:
             prompts=rules.prompts.output,
-            encoder=stored("text"),
-            tokenizer=stored("tokenizer"),
+            encoder=fetched("text"),
+            tokenizer=fetched("tokenizer"),
         output:
             "<data>/{media}/text/{suite}/{scatteritem}.safetensors",
         log:

@@ -2,7 +2,7 @@
 rule sample_student:
     input:
         student=rules.export.output.safetensors,
-        codec=stored("codec"),
+        codec=fetched("codec"),
         prompts=rules.prompts.output,
         text=texts("{suite}", "{scatteritem}"),
     output:
@@ -32,7 +32,7 @@ rule sample_student:
 rule sample_teacher:
     input:
         teacher=rules.convert.output,
-        codec=stored("codec"),
+        codec=fetched("codec"),
         prompts=rules.prompts.output,
         text=texts("{suite}", "{scatteritem}"),
     output:
@@ -61,7 +61,7 @@ rule sample_teacher:
 
 rule sample_control:
     input:
-        codec=stored("codec"),
+        codec=fetched("codec"),
         prompts=rules.prompts.output,
     output:
         directory("<data>/{media}/samples/{control}-0/{suite}/{scatteritem}"),

@@ -4,7 +4,7 @@ rule distill:
         teacher=rules.convert.output,
         shards=gather.synthesize(rules.synthesize.output.shard, allow_missing=True),
         manifests=gather.synthesize(rules.synthesize.output.manifest, allow_missing=True),
-        codec=stored("codec"),
+        codec=fetched("codec"),
         text=texts("dev", "1-of-1"),
     output:
         dcp=directory("<data>/{media}/{method}-{seed}/dcp"),

@@ -45,6 +45,21 @@ def compose(overrides: Iterable[str] = ()) -> dict[str, Any]:
     return tree
 
 
+OF_A_MEDIUM = ("transformer", "synthesizer", "second", "student")  # downloads that media of a scale do not share
+
+
+def several(source: str) -> bool:
+    """Whether a source of `checkpoints` means a folder of files."""
+    last = source.rpartition("/")[2]
+    return not last or "*" in last
+
+
+def stored(scale: str, media: str, name: str, source: str) -> str:
+    """Where the pipeline puts the download `name` of a scale: a file, or a folder of several."""
+    folder = f"data/{scale}/{f'{media}/' if name in OF_A_MEDIUM else ''}checkpoints"
+    return f"{folder}/{name}{'' if several(source) else Path(source).suffix}"
+
+
 def _hydra() -> Any:
     GlobalHydra.instance().clear()  # a caller that composes twice, or an application that uses Hydra itself
     return initialize_config_dir(config_dir=str(config_dir()), version_base="1.3")

@@ -11,8 +11,7 @@ from PIL import Image
 
 from rcm.artefact import UserError
 from rcm.checkpoints import download, read_settings
-from rcm.cli import images, sizes
-from rcm.cli.config import compose
+from rcm.cli import config, images, sizes
 from rcm.cli.models import EXPORTED
 from rcm.data.prompt_files import read_prompt_file
 from rcm.sampling import few_step_times, teacher_sample
@@ -129,7 +128,7 @@ def named(name: str) -> tuple[str, dict[str, Any]]:
     experiments = options("experiment")
     for experiment in (name, f"{name}-images", f"{name}-clips"):
         if experiment in experiments:
-            return experiment.rpartition("-")[0], compose([f"experiment={experiment}"])
+            return experiment.rpartition("-")[0], config.compose([f"experiment={experiment}"])
     scales = {experiment.rpartition("-")[0] for experiment in experiments}
     raise UserError(f"there is no model {name!r}; there are {', '.join(sorted({*scales, *options('model')}))}")
 
@@ -175,12 +174,9 @@ def _checkpoint(scale: str, settings: Mapping[str, Any], of_teacher: bool) -> Pa
 
 
 def stored(scale: str, settings: Mapping[str, Any], name: str) -> Path:
-    """Where the pipeline puts a download; transformers are of one medium each."""
-    own = name in ("transformer", "synthesizer", "second", "student")
-    folder = Path("data", scale, *([settings["media"]] if own else []), "checkpoints")
+    """Where the pipeline puts a download of a model."""
     entry = settings.get("checkpoints", {}).get(name) or {"source": f"{name}.pth"}
-    last = entry["source"].rpartition("/")[2]
-    return folder / (name if not last or "*" in last else name + Path(last).suffix)
+    return Path(config.stored(scale, settings["media"], name, entry["source"]))
 
 
 def _fetch(arguments: Namespace, scale: str, settings: Mapping[str, Any], name: str, path: Path) -> None:
