@@ -27,8 +27,7 @@ CODEC = {
     "mean": [0.1, -0.2, 0.3, 0.0],
     "std": [1.0, 2.0, 0.5, 1.5],
 }
-WAN = {
-    "kind": "wan",
+NETWORK = {
     "width": 24,
     "mlp_width": 32,
     "layers": 2,
@@ -36,25 +35,10 @@ WAN = {
     "in_channels": 4,
     "out_channels": 4,
     "text_width": 16,
-    "time_width": 8,
     "patch": [1, 2, 2],
-    "time_scale": 1000.0,
-    "positions": None,
 }
-COSMOS = {
-    "kind": "cosmos",
-    "width": 24,
-    "mlp_width": 32,
-    "layers": 2,
-    "heads": 2,
-    "in_channels": 4,
-    "out_channels": 4,
-    "text_width": 16,
-    "adaln_width": 8,
-    "patch": [1, 2, 2],
-    "rope_scale": [1.0, 4.0, 4.0],
-    "time_scale": 1.0,
-}
+WAN = {**NETWORK, "kind": "wan", "time_width": 8, "time_scale": 1000.0, "positions": None}
+COSMOS = {**NETWORK, "kind": "cosmos", "adaln_width": 8, "rope_scale": [1.0, 4.0, 4.0], "time_scale": 1.0}
 PROMPTS = ["a red circle", "a blue, red circle", "red & blue", "a circle", "circles"]
 PIPELINE = {
     "methods": ["rcm"],
