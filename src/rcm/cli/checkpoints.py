@@ -10,7 +10,6 @@ from rcm.cli.config import compose
 
 if TYPE_CHECKING:
     from rcm.checkpoints import LazyState
-    from rcm.cli.progress import Progress
 
 
 def download(arguments: Namespace) -> None:
@@ -36,8 +35,8 @@ def convert(arguments: Namespace) -> None:
         hashes[arguments.checkpoint] = verify(arguments.checkpoint) or ""
         state = open_state(arguments.checkpoint, verified=True)
         state = _cast(_of_network(state, settings, arguments.checkpoint), arguments.dtype)
-        with Progress("convert", *_volume(state)) as progress:
-            save_dcp(arguments.out, _watched(state, progress))
+        with Progress("convert", len(state), "tensors") as progress:
+            save_dcp(arguments.out, state.watched(lambda name: progress.advance()))
 
 
 def export(arguments: Namespace) -> None:
@@ -64,10 +63,9 @@ def export(arguments: Namespace) -> None:
     with recording(*outputs.values(), stage="export", inputs=[student], config=settings, seed=seed):
         state = _cast(_of_network(open_dcp(student), settings["network"], student), arguments.dtype)
         settings |= {"student_sha256": content_sha256(student), "code_sha256": code_digest()}
-        count, unit = _volume(state)
         passes = len(outputs) + ("safetensors" in outputs)  # its checksum stands before the tensors
-        with Progress("export", count * passes, unit) as progress:
-            state = _watched(state, progress)
+        with Progress("export", len(state) * passes, "tensors") as progress:
+            state = state.watched(lambda name: progress.advance())
             if "safetensors" in outputs:
                 export_safetensors(outputs["safetensors"], state, settings)
             if "pth" in outputs:
@@ -101,12 +99,3 @@ def _cast(state: "LazyState", dtype: str) -> "LazyState":
     import torch
 
     return state if dtype == "keep" else state.cast(getattr(torch, dtype))
-
-
-def _volume(state: "LazyState") -> tuple[int, str]:
-    """What a pass over the tensors counts up to, and of what."""
-    return len(state), "tensors"
-
-
-def _watched(state: "LazyState", progress: "Progress") -> "LazyState":
-    return state.watched(lambda name: progress.advance())
