@@ -1,6 +1,7 @@
 """Checkpoints from elsewhere: a source in, verified files and a manifest out."""
 
 import os
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from rcm.checkpoints.transfer import journal_of
 
 _MANIFEST = ".download.json"
 _PARTIAL = ".download"
+_PACE = 20.0  # seconds
 
 
 def download(source: str, out: Path | str, sha256: str | None = None) -> None:
@@ -187,7 +189,8 @@ def _fetch(origin: Origin, source: str, out: Path, sha256: str | None) -> Files:
     staging = out.with_name(f".{out.name}{_PARTIAL}")
     places = {name: staging / name if folder else staging for name in origin.files}
     total = sum(remote.size or 0 for remote in origin.files.values()) or None
-    with tqdm(total=total, unit="B", unit_scale=True, desc=out.name, disable=None) as bar:
+    pace = {} if sys.stderr.isatty() else {"delay": _PACE, "mininterval": _PACE}  # a line now and then in a log file
+    with tqdm(total=total, unit="B", unit_scale=True, desc=out.name, **pace) as bar:
         fetch = _Fetch(bar, _wanted(source, out, sha256))
         files = {
             name: fetch(remote, places[name], remote.sha256 if folder or sha256 is None else sha256)
