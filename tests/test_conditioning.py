@@ -1,4 +1,4 @@
-"""Conditions of image-to-video networks, against diffusers' pipeline and its autoencoder; experts and their boundary."""
+"""Conditions of image-to-video networks, against diffusers' pipeline and autoencoder; experts and their boundary."""
 
 import numpy as np
 import pytest

@@ -165,9 +165,13 @@ def sha256_file(path: Path | str) -> str:
 
 
 def sha256_folder(path: Path | str) -> str:
-    """SHA-256 over the relative names and bytes of all files in a folder; times and permissions do not matter."""
+    """SHA-256 over the relative names and bytes of all files in a folder; times and permissions do not matter.
+
+    Nor does the file in which Snakemake notes its own time.
+    """
     root = Path(path)
-    files = sorted((file.relative_to(root).as_posix(), file) for file in root.rglob("*") if file.is_file())
+    found = (file for file in root.rglob("*") if file.is_file() and file.name != ".snakemake_timestamp")
+    files = sorted((file.relative_to(root).as_posix(), file) for file in found)
     return sha256_json([[name, sha256_file(file)] for name, file in files])
 
 

@@ -48,7 +48,7 @@ PIPELINE = {
     "controls": [],
     "tables": [],
     "figures": ["figure_training"],
-    "scatter": {"synthesize": 2, "report": 1, "diversity": 1},
+    "scatter": {"synthesize": 2, "embed": 2, "report": 1, "diversity": 1},
 }
 EXPERIMENTS = {  # miniature: what it is one of
     "mini-wan-clips": "wan2.1-1.3b-clips",

@@ -6,7 +6,16 @@ from rcm.cli.plan import read
 
 OVERRIDES = [
     *("experiment=wan2.1-1.3b-clips", "network.width=64", "network.mlp_width=128", "network.heads=2"),
-    *("network.layers=2", "frames=5", "height=128", "width=128", "text.tokens=8", "text.width=32", "network.text_width=32", "synthesizer=${network}"),
+    *(
+        "network.layers=2",
+        "frames=5",
+        "height=128",
+        "width=128",
+        "text.tokens=8",
+        "text.width=32",
+        "network.text_width=32",
+    ),
+    "synthesizer=${network}",
     *("distillation.batch=4", "distillation.max_rollout=2", "parallel.micro_batch=2", "parallel.context=1"),
 ]
 

@@ -1,12 +1,15 @@
 """The plan's formulas: against live tensors of the trainer's own steps, PyTorch's counter and the paper's numbers."""
 
+from pathlib import Path
+
 import pytest
 import torch
+import yaml
 from benchmarks.plan_peak import compare, foretold, live
 from torch.utils.flop_counter import FlopCounterMode
 
 from rcm.artefact import UserError
-from rcm.cli.config import options
+from rcm.cli.config import config_dir, options
 from rcm.cli.plan import read
 from rcm.networks import build
 from rcm.training.plan import Cluster, fitting, proposals
@@ -75,6 +78,15 @@ def test_the_experiments_have_the_numbers_of_table_4(experiment: str) -> None:
     schedule = job.settings.schedule
     assert (job.sizes.total, schedule.iterations, schedule.student_updates) == TABLE4[experiment]
     assert experiment in options("experiment")
+
+
+@pytest.mark.parametrize("path", sorted((config_dir() / "scale").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_distillation_has_the_time_that_the_plan_foretells(path: Path) -> None:
+    pipeline = yaml.safe_load(path.read_text(encoding="utf-8"))
+    (experiment,) = (name for name in options("experiment") if name.rpartition("-")[0] == path.stem)
+    job, cluster = read([f"experiment={experiment}"]), Cluster(gpus=pipeline["nproc"])
+    hours = job.steps(job.choice(cluster.gpus), cluster).hours(job.settings.schedule)
+    assert hours < pipeline["hours"]["distill"] < 1.4 * hours
 
 
 @pytest.mark.parametrize("kind", [WAN, COSMOS])

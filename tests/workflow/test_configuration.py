@@ -177,7 +177,7 @@ def pipeline_schema() -> dict:
         ({"nproc": 1.5}, ("'nproc'", "1.5", "an integer of at least 1")),
         ({"steps": 4}, ("'steps'", "4", "a list")),
         ({"seeds": [0, 0]}, ("'seeds'", "all different")),
-        ({"scatter": {"synthesize": 2, "report": 2}}, ("'scatter.diversity'", "missing")),
+        ({"scatter": {"synthesize": 2, "embed": 1, "report": 2}}, ("'scatter.diversity'", "missing")),
     ],
 )
 def test_a_mistake_in_the_pipeline_is_one_sentence(change: dict, words: tuple[str, ...]) -> None:

@@ -94,16 +94,17 @@ def test_the_scales_of_the_paper(snakemake: Run, scale: str) -> None:
     found = jobs(snakemake("-n", "--config", f"scale={scale}"))
     assert {name for name in found if name.startswith("download_")} == {f"download_{name}" for name in REAL | downloads}
     assert found.get("convert_synthesizer", 0) == ("synthesizer" in downloads)
-    assert (found["distill"], found["export"], found["synthesize"]) == (students, students, 977)
-    parts = found["sample_teacher"]
-    assert found["sample_student"] == students * 3 * parts  # one, two and four steps
-    assert found["embed"] == 977 + parts + 1  # of training, of what is sampled, and of the previews
+    assert (found["distill"], found["export"], found["synthesize"]) == (students, students, 4000)
+    assert found["sample_student"] == students * 3 * found["sample_teacher"]  # one, two and four steps
+    assert found["embed"] == 100 + 2  # of training, of what is sampled, and of the previews
 
 
 def test_a_scale_for_less(snakemake: Run) -> None:
     """Keys of the command line go before those of the scale, and those before the common ones."""
-    found = jobs(snakemake("-n", "--config", "scale=cosmos-predict2-2b", "methods=[rcm]", "scatter={synthesize: 4}"))
-    assert (found["distill"], found["synthesize"]) == (1, 4)
+    found = jobs(
+        snakemake("-n", "--config", "scale=cosmos-predict2-2b", "methods=[rcm]", "scatter={synthesize: 4, embed: 2}")
+    )
+    assert (found["distill"], found["synthesize"], found["embed"]) == (1, 4, 4)
 
 
 def test_lint(snakemake: Run) -> None:

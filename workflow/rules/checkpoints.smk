@@ -46,7 +46,7 @@ for ROLE, NAME, FOLDER in (("network", "transformer", "teacher"), ("synthesizer"
                 runtime=sized(30, 240),
             params:
                 cfg=numbers("convert", role=ROLE),
-                code=lambda _: code_digest("convert"),
+                code=code("convert"),
                 overrides=overrides("convert"),
                 network=f"--network {ROLE}",
             message:
@@ -76,7 +76,7 @@ rule pretrain_teacher:
         runtime=300,
     params:
         cfg=numbers("pretrain"),
-        code=lambda _: code_digest("pretrain"),
+        code=code("pretrain"),
         overrides=overrides("pretrain"),
         codec=lambda wildcards, input: f"--codec {input}" if input else "",
         resume=f"resume/{SCALE}/{{media}}/pretrain",

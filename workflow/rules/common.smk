@@ -65,6 +65,12 @@ def check_pipeline():
             f"configuration key 'controls' is {json.dumps(config['controls'])}; allowed where tables are built: lists "
             f"with oracle and shuffled, by which a table is trusted or refused; missing: {', '.join(sorted(lacking))}"
         )
+    shards, parts = (config["scatter"][name] for name in ("synthesize", "embed"))
+    if shards % parts:
+        raise UserError(
+            f"configuration key 'scatter.embed' is {parts}; allowed: a divisor of scatter.synthesize ({shards}), so that "
+            "the prompts of a shard stand in one part"
+        )
     for word in config["overrides"]:
         if word.lstrip("+~").partition("=")[0] in ("experiment", "objective", "seed", "suite"):
             raise UserError(
@@ -188,6 +194,11 @@ def numbers(stage, **fixed):
     return values
 
 
+def code(stage):
+    """For params: the code that a stage rests on. Of real models nothing is made again because of it: `-R RULE` does."""
+    return lambda _: None if BIG else code_digest(stage)
+
+
 def overrides(stage, **fixed):
     """For params: the overrides on a stage's command line, what its wildcards choose and those of the user.
 
@@ -250,9 +261,15 @@ def prompt_file(wildcards):
     return fetched(name) if name else []
 
 
-def texts(suite, part):
-    """The encoded prompts of a part of a suite, for rules with the wildcard media; none where nothing is encoded."""
-    return f"<data>/{{media}}/text/{suite}/{part}.safetensors" if ENCODED else []
+def texts(suite):
+    """The encoded prompts of a suite, for rules with the wildcard media; none where nothing is encoded."""
+    return f"<data>/{{media}}/text/{suite}/1-of-1.safetensors" if ENCODED else []
+
+
+def texts_of_shard(wildcards):
+    """The part of the encoded training prompts that holds those of a shard; none where nothing is encoded."""
+    number, parts = int(wildcards.scatteritem.partition("-")[0]), config["scatter"]["embed"]
+    return f"<data>/{{media}}/text/train/{(number - 1) % parts + 1}-of-{parts}.safetensors" if ENCODED else []
 
 
 def encoded(wildcards, input):

@@ -14,7 +14,7 @@ rule prompts:
         runtime=10,
     params:
         cfg=numbers("prompts"),
-        code=lambda _: code_digest("prompts"),
+        code=code("prompts"),
         overrides=overrides("prompts"),
         source=lambda wildcards, input: f"--source {input}" if input else "",
     message:
@@ -43,7 +43,7 @@ if ENCODED:
             gpu=1,
         params:
             cfg=numbers("embed"),
-            code=lambda _: code_digest("embed"),
+            code=code("embed"),
             overrides=overrides("embed"),
         message:
             "Encode the prompts `{wildcards.suite}`, part {wildcards.scatteritem}"
@@ -56,7 +56,7 @@ rule synthesize:
     input:
         teacher="<data>/{media}/synthesizer" if "synthesizer" in CHECKPOINTS else rules.convert.output,
         prompts="<data>/{media}/prompts/train.jsonl",
-        text=texts("train", "{scatteritem}"),
+        text=texts_of_shard,
     output:
         shard="<data>/{media}/shards/{scatteritem}.tar",
         manifest="<data>/{media}/shards/{scatteritem}.tar.json",
@@ -68,11 +68,11 @@ rule synthesize:
     threads: 1
     resources:
         mem_mb=sized(1000, 64000),
-        runtime=sized(60, 2880),
+        runtime=60 * config["hours"]["synthesize"],
         gpu=sized(0, 1),
     params:
         cfg=numbers("synthesize"),
-        code=lambda _: code_digest("synthesize"),
+        code=code("synthesize"),
         overrides=overrides("synthesize"),
         text=encoded,
     message:

@@ -4,7 +4,7 @@ rule sample_student:
         student=rules.export.output.safetensors,
         codec=fetched("codec"),
         prompts=rules.prompts.output,
-        text=texts("{suite}", "{scatteritem}"),
+        text=texts("{suite}"),
     output:
         directory("<data>/{media}/samples/{method}-{seed}-{steps}/{suite}/{scatteritem}"),
     log:
@@ -18,7 +18,7 @@ rule sample_student:
         gpu=sized(0, 1),
     params:
         cfg=numbers("sample student"),
-        code=lambda _: code_digest("sample"),
+        code=code("sample"),
         overrides=overrides("sample student"),
         text=encoded,
     message:
@@ -34,7 +34,7 @@ rule sample_teacher:
         teacher=rules.convert.output,
         codec=fetched("codec"),
         prompts=rules.prompts.output,
-        text=texts("{suite}", "{scatteritem}"),
+        text=texts("{suite}"),
     output:
         directory("<data>/{media}/samples/teacher-{steps}/{suite}/{scatteritem}"),
     log:
@@ -48,7 +48,7 @@ rule sample_teacher:
         gpu=sized(0, 1),
     params:
         cfg=numbers("sample teacher"),
-        code=lambda _: code_digest("sample"),
+        code=code("sample"),
         overrides=overrides("sample teacher"),
         text=encoded,
     message:
@@ -75,7 +75,7 @@ rule sample_control:
         runtime=60,
     params:
         cfg=numbers("sample control"),
-        code=lambda _: code_digest("sample"),
+        code=code("sample"),
         overrides=overrides("sample control"),
     message:
         "Make the control `{wildcards.control}` of {wildcards.media} ({wildcards.suite}, part {wildcards.scatteritem})"
@@ -93,7 +93,7 @@ rule precision:
             otherwise="<data>/{media}/{model}/student.safetensors",
         ),
         prompts="<data>/{media}/prompts/dev.jsonl",
-        text=texts("dev", "1-of-1"),
+        text=texts("dev"),
     output:
         "<results>/{media}/precision/{model}.json",
     log:
@@ -106,7 +106,7 @@ rule precision:
         runtime=sized(30, 720),
     params:
         cfg=numbers("precision", suite="dev"),
-        code=lambda _: code_digest("precision"),
+        code=code("precision"),
         overrides=overrides("precision", suite="dev"),
         text=encoded,
     message:
@@ -138,7 +138,7 @@ rule evaluate:
         runtime=60,
     params:
         cfg=numbers("evaluate"),
-        code=lambda _: code_digest("evaluate"),
+        code=code("evaluate"),
         overrides=overrides("evaluate"),
         diversity=lambda wildcards, input: f"--diversity {input.diversity}" if input.diversity else "",
     message:

@@ -18,7 +18,7 @@ rule table1:
         runtime=10,
     params:
         cfg=numbers("table", media="images"),
-        code=lambda _: code_digest("table"),
+        code=code("table"),
         overrides=overrides("table", media="images"),
         folder=lambda wildcards, output: os.path.dirname(output.csv),
     message:
@@ -47,7 +47,7 @@ rule table2:
         runtime=10,
     params:
         cfg=numbers("table", media="clips"),
-        code=lambda _: code_digest("table"),
+        code=code("table"),
         overrides=overrides("table", media="clips"),
         folder=lambda wildcards, output: os.path.dirname(output.csv),
     message:
@@ -71,7 +71,7 @@ rule figure_samples:
         mem_mb=800,
         runtime=10,
     params:
-        code=lambda _: code_digest("figure"),
+        code=code("figure"),
     message:
         "Draw samples of teacher and students from the same noise"
     shell:
@@ -92,7 +92,7 @@ rule figure_clips:
         mem_mb=800,
         runtime=10,
     params:
-        code=lambda _: code_digest("figure"),
+        code=code("figure"),
     message:
         "Draw clips of teacher and students from the same noise, frame by frame"
     shell:
@@ -113,7 +113,7 @@ rule figure_quality_diversity:
         mem_mb=500,
         runtime=10,
     params:
-        code=lambda _: code_digest("figure"),
+        code=code("figure"),
     message:
         "Draw quality against diversity"
     shell:
@@ -134,7 +134,7 @@ rule figure_training:
         mem_mb=800,
         runtime=10,
     params:
-        code=lambda _: code_digest("figure"),
+        code=code("figure"),
     message:
         "Draw the training of the students"
     shell:
@@ -155,7 +155,7 @@ rule figure_precision:
         mem_mb=500,
         runtime=10,
     params:
-        code=lambda _: code_digest("figure"),
+        code=code("figure"),
     message:
         "Draw the rounding errors of the network and of its tangent"
     shell:
@@ -187,7 +187,7 @@ rule report:
         runtime=10,
     params:
         cfg=lambda wildcards: [numbers("report", media=media)(wildcards) for media in MEDIA],
-        code=lambda _: code_digest("report"),
+        code=code("report"),
         overrides=shlex.join([f"experiment={SCALE}-{MEDIA[0]}", *config["overrides"]]),
         scores=lambda _, input: f"--scores {input.scores}" if input.scores else "",
         folders=[f"results/{SCALE}", f"data/{SCALE}", f"logs/{SCALE}"],

@@ -5,7 +5,7 @@ rule distill:
         shards=gather.synthesize(rules.synthesize.output.shard, allow_missing=True),
         manifests=gather.synthesize(rules.synthesize.output.manifest, allow_missing=True),
         codec=fetched("codec"),
-        text=texts("dev", "1-of-1"),
+        text=texts("dev"),
     output:
         dcp=directory("<data>/{media}/{method}-{seed}/dcp"),
         raw=directory("<data>/{media}/{method}-{seed}/raw"),
@@ -19,11 +19,11 @@ rule distill:
     threads: config["nproc"]
     resources:
         mem_mb=lambda wildcards, threads: sized(1500, 64000) * threads,
-        runtime=sized(120, 10080),
+        runtime=60 * config["hours"]["distill"],
         gpu=sized(0, config["nproc"]),
     params:
         cfg=numbers("distill"),
-        code=lambda _: code_digest("distill"),
+        code=code("distill"),
         overrides=overrides("distill"),
         launcher=launcher,
         resume=f"resume/{SCALE}/{{media}}/{{method}}-{{seed}}",
@@ -52,7 +52,7 @@ rule export:
         runtime=sized(30, 240),
     params:
         cfg=numbers("export"),
-        code=lambda _: code_digest("export"),
+        code=code("export"),
         overrides=overrides("export"),
     message:
         "Export the student {wildcards.method}-{wildcards.seed} of {wildcards.media}"

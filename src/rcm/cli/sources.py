@@ -14,25 +14,34 @@ from pathlib import Path
 from rcm.cli.parser import STAGES
 
 PACKAGES = ("rcm", "flash_jvp")
-SILENT = {"rcm", "rcm.__main__", "rcm.artefact", "rcm.cli", "rcm.cli.config", "rcm.cli.parser", "rcm.cli.progress"}
+SILENT = {
+    *("rcm", "rcm.__main__", "rcm.artefact", "rcm.cli", "rcm.cli.config", "rcm.cli.parser", "rcm.cli.progress"),
+    *("rcm.checkpoints.download", "rcm.checkpoints.origins", "rcm.checkpoints.transfer"),  # what comes is known by hash
+    *("flash_jvp.tuning", "flash_jvp.sweep"),  # which tiles are fastest
+}
 
 
 @cache
 def code_digest(stage: str) -> str:
     """SHA-256 over the code that `rcm STAGE` can reach."""
+    parts, modules = reached(stage)
+    parts += [f"{name}\n{_text(_tree(name))}" for name in modules]
+    parts += [path.read_text(encoding="utf-8") for path in sorted(set().union(*map(_data, modules)))]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def reached(stage: str) -> tuple[list[str], list[str]]:
+    """Of a stage, the code beside its function, and the names of the modules that all of it needs."""
     module, function = STAGES[stage].where.split(":")
     parts, imports = _reached(module, function)
     modules: set[str] = set()
     queue = sorted(imports)
     while queue:
         name = queue.pop()
-        if name in modules or name in SILENT:
-            continue
-        modules.add(name)
-        queue += _imports(_tree(name), name)
-    parts += [f"{name}\n{_text(_tree(name))}" for name in sorted(modules)]
-    parts += [path.read_text(encoding="utf-8") for path in sorted(set().union(*map(_data, modules)))]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        if name not in modules | SILENT:
+            modules.add(name)
+            queue += _imports(_tree(name), name)
+    return parts, sorted(modules)
 
 
 def _reached(module: str, function: str) -> tuple[list[str], set[str]]:
@@ -76,18 +85,30 @@ def _names_bound(statement: ast.stmt) -> Iterator[str]:
 @cache
 def _imports(tree: ast.AST, module: str, only: str | None = None) -> list[str]:
     """Modules of this project that code imports, at any depth; of an import statement only what binds a name."""
-    found = []
+    found: set[str] = set()
     for node in ast.walk(tree):
         if not isinstance(node, ast.Import | ast.ImportFrom):
             continue
         names = [a.name for a in node.names if node is not tree or only in (None, a.asname or a.name.split(".")[0])]
-        if isinstance(node, ast.ImportFrom) and names:
-            source = _absolute(node, module)
-            names = [source, *(f"{source}.{name}" for name in names)]
-        for name in names:
-            parents = name.split(".")
-            found += [".".join(parents[:n]) for n in range(1, len(parents) + 1)]
-    return sorted({name for name in found if name.split(".")[0] in PACKAGES and _path(name) is not None})
+        if isinstance(node, ast.Import):
+            found |= {*names}
+        else:
+            found |= {provider for name in names for provider in _providers(_absolute(node, module), name)}
+    return sorted(name for name in found if name.split(".")[0] in PACKAGES and _path(name) is not None)
+
+
+def _providers(source: str, name: str) -> list[str]:
+    """Modules behind `from source import name`: of a package, the one that it has the name from."""
+    if source.split(".")[0] not in PACKAGES:
+        return []
+    path = _path(source)
+    if _path(f"{source}.{name}") is not None:
+        return [f"{source}.{name}"]
+    if path is not None and path.name == "__init__.py":
+        for statement in _tree(source).body:
+            if isinstance(statement, ast.ImportFrom) and name in _names_bound(statement):
+                return _imports(statement, source, name)
+    return [source]
 
 
 def _absolute(node: ast.ImportFrom, module: str) -> str:
