@@ -4,7 +4,6 @@ A job is one sample: the number of its prompt in the file, and its number among 
 follows from seed and job alone, so that it is the same for every model, whatever part or batch it is drawn in.
 """
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from rcm.artefact import UserError
 from rcm.checkpoints import load_weights, read_settings
 from rcm.data.shards import part_indices
 from rcm.flow import Wrapped, guided
+from rcm.parallel.gpu import own_gpu
 from rcm.randomness import normal
 from rcm.sampling import consistency_sample, few_step_times, teacher_sample
 
@@ -47,12 +47,12 @@ def latent_shape(settings: Mapping[str, Any]) -> tuple[int, int, int, int]:
 
 
 def device_of(name: str) -> torch.device:
-    """The device that `inference.device` names: cpu, cuda (that of this rank), or auto, cuda where there is one."""
+    """The device that `inference.device` names: cpu, cuda (`own_gpu`), or auto, cuda where there is one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("inference.device is cuda, but there is no GPU here; allowed on this machine: cpu or auto")
-    return torch.device(name, int(os.environ.get("LOCAL_RANK", "0"))) if name == "cuda" else torch.device(name)
+    return torch.device(name, own_gpu()) if name == "cuda" else torch.device(name)
 
 
 def network(settings: Mapping[str, Any], path: Path, *, device: str = "cpu", precision: str = "float32") -> nn.Module:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from rcm.artefact import UserError
+from rcm.parallel.gpu import own_gpu
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,6 @@ def _device(name: str) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserError("parallel.device is cuda, and there is no CUDA device: set parallel.device=cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    device = torch.device("cuda", own_gpu())
     torch.cuda.set_device(device)
     return device
