@@ -11,10 +11,22 @@ try:
     from rcm.artefact import UserError
     from rcm.cli.config import OF_A_MEDIUM, compose, options, read_schema, several, stored, validate
     from rcm.cli.sources import code_digest
+    from rcm.tree import config_dir
 except ImportError as error:
     sys.exit(
         f"snakemake: error: {error}: {sys.executable} lacks this project; use .venv/bin/snakemake after `make setup`"
     )
+
+try:
+    OF_SCALE = (
+        config_dir() / "scale" / f"{config['scale']}.yaml"
+    )  # what this scale has otherwise than config/pipeline.yaml
+except UserError as mistake:
+    sys.exit(f"snakemake: error: {mistake}")
+if OF_SCALE.is_file():
+
+    configfile: str(OF_SCALE)
+
 
 # every rule calls the interpreter that runs Snakemake
 shell.prefix(f"export PATH={shlex.quote(os.path.dirname(sys.executable))}:$PATH; ")

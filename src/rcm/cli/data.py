@@ -64,8 +64,9 @@ def synthesize(arguments: Namespace) -> None:
     config = compose(arguments.overrides)
     train = config["suites"]["train"]
     inputs = [path for path in (arguments.teacher, arguments.prompts, arguments.text) if path is not None]
-    sections = ("synthesizer", "synthesis", "text", "codec", "frames", "height", "width", "inference")
+    sections = ("synthesizer", "synthesis", "text", "codec", "frames", "height", "width")
     numbers = {key: config[key] for key in sections} | {"shard": arguments.shard}
+    numbers["inference"] = {key: config["inference"][key] for key in ("device", "precision", "batch")}
     with ExitStack() as stack:
         mesh = start(device=config["inference"]["device"], timeout=_A_DAY)
         stack.callback(mesh.close)
