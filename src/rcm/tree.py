@@ -27,9 +27,15 @@ def options(group: str) -> list[str]:
 
 
 def settings_of(group: str, config: Mapping[str, Any] | str) -> dict[str, Any]:
-    """A copy of `config`, or what `config/GROUP/NAME.yaml` says for a name; ValueError where there is none."""
+    """A copy of `config`, or what `config/GROUP/NAME.yaml` says for a name.
+
+    ValueError where there is none, or one that takes sizes from other sections of an experiment.
+    """
     if not isinstance(config, str):
         return dict(config)
-    if config not in options(group):
-        raise ValueError(f"unknown {group} {config!r}: expected one of {', '.join(options(group))}")
-    return yaml.safe_load((config_dir() / group / f"{config}.yaml").read_text(encoding="utf-8"))
+    texts = {name: (config_dir() / group / f"{name}.yaml").read_text(encoding="utf-8") for name in options(group)}
+    whole = [name for name, text in texts.items() if "${" not in text]
+    if config not in whole:
+        what = f"{group} {config!r} is part of an experiment" if config in texts else f"unknown {group} {config!r}"
+        raise ValueError(f"{what}: expected one of {', '.join(whole)}")
+    return yaml.safe_load(texts[config])

@@ -29,9 +29,10 @@ import rcm.text
 import rcm.vision
 from rcm.artefact import sha256_file
 from rcm.checkpoints import export_safetensors, save_dcp, save_pth
-from rcm.cli import sizes
+from rcm.cli import generate, sizes
 from rcm.cli.orders import named
 from rcm.cli.parser import STAGES, parse
+from rcm.cli.progress import Progress
 from rcm.randomness import normal
 from rcm.tree import config_dir, options, settings_of
 
@@ -79,6 +80,7 @@ TEACHER = {
     "shift": 3.0,
     "sigma_max": 200.0,
 }
+COSMOS_TEACHER = {"sampler": "cosmos", "guidance_form": "conditional", "shift": 1.0, "sigma_max": 80.0}
 WIDTH, HEIGHT = 48, 32
 
 
@@ -87,7 +89,7 @@ class World:
     """A folder with the checkpoints of small models, as the pipeline puts them, and the modules that they hold."""
 
     folder: Path
-    networks: Mapping[str, nn.Module]
+    networks: Mapping[tuple[str, str], nn.Module]
     codec: Any
     text: Any
     vision: Any
@@ -112,7 +114,8 @@ def model(name: str) -> dict[str, Any]:
     sources = {file: {"source": f"hf://someone/model/{file}-of-theirs.pth"} for file in files}
     sources["tokenizer"] = {"source": "hf://someone/model/tokenizer/"}
     extra = {"vision": VISION} if name == "i2v" else {"boundary": 0.9} if name == "experts" else {}
-    return {**settings(name), "teacher": TEACHER, "checkpoints": sources, **extra}
+    teacher = {**TEACHER, **(COSMOS_TEACHER if name == "t2i" else {})}
+    return {**settings(name), "teacher": teacher, "checkpoints": sources, **extra}
 
 
 @pytest.fixture(scope="session")
@@ -290,6 +293,18 @@ def test_formats_and_what_they_say(suffix: str, models: World, run: Run, tmp_pat
             assert image.size == (256, 384) and len(list(ImageSequence.Iterator(image))) == 9
 
 
+def test_a_student_without_fresh_noise(models: World, run: Run, tmp_path: Path) -> None:
+    """As Euler steps of the flow, by the switch and by the settings of an export alike."""
+    network, out, exported = models.networks["t2v", "transformer"], tmp_path / "x.npy", tmp_path / "ode.safetensors"
+    export_safetensors(exported, network.state_dict(), {**settings("t2v"), "sampler": {**SAMPLER, "ode": True}})
+    rs = [math.tan(t) / (1 + math.tan(t)) for t in (math.atan(80), 1.3, 1.0, 0.6)]
+    start = noise((0, 0), 5, 0) / (math.cos(math.atan(80)) + math.sin(math.atan(80)))
+    expected = many_steps(velocity(network, embedded(models, "a")), start, [*rs, 0.0])
+    for told in (("--checkpoint", models.folder / "student.safetensors", "--ode"), ("--checkpoint", exported)):
+        run("generate", *told, *files(models, "t2v"), "--prompt", "a", "--out", out)
+        close(np.load(out), pixels(models.codec, expected))
+
+
 def test_several_samples_and_their_grid(models: World, run: Run, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a red circle\n\na circle\n")
     run("generate", "--model", "t2v", "--checkpoint", models.folder / "student.safetensors", "--steps", 1,
@@ -314,6 +329,15 @@ def test_a_bare_checkpoint_needs_a_model(models: World, run: Run, fail: Run, tmp
     v = velocity(models.networks["t2v", "transformer"], embedded(models, "a"))
     close(np.load(out), pixels(models.codec, few_steps(v, [noise((0, 0), 5, 0)])))
     assert "say --model" in fail("generate", "--checkpoint", bare, "--prompt", "a", "--out", out)
+
+
+def test_a_folder_by_its_dot(models: World, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "weights"
+    save_dcp(folder, models.networks["t2v", "transformer"].state_dict())
+    monkeypatch.chdir(folder)
+    base = ("--model", "t2v", "--checkpoint", ".", *files(models, "t2v"), "--prompt", "a", "--steps", 1)
+    run("generate", *base, "--out", tmp_path / "x.gif")
+    assert comment(tmp_path / "x.gif")["files"]["checkpoint"]["name"] == "weights"
 
 
 def test_encoded_texts_in_the_place_of_the_encoder(models: World, run: Run, fail: Run, tmp_path: Path) -> None:
@@ -383,11 +407,35 @@ def test_a_converted_teacher_comes_first(models: World, run: Run, tmp_path: Path
     close(np.load(out), pixels(models.codec, expected))
 
 
-def test_images_of_a_cosmos_network(models: World, run: Run, tmp_path: Path) -> None:
-    out = tmp_path / "x.png"
-    run("generate", "--model", "t2i", "--teacher", "--prompt", "a red circle", "--size", "448x416", "--out", out)
+def test_the_noise_level_goes_with_the_shift(models: World, run: Run, tmp_path: Path) -> None:
+    """A shift multiplies all noise levels, the first too: σ = shift · u / (1 - u)."""
+    out, v = tmp_path / "x.npy", velocity(models.networks["t2v", "transformer"], embedded(models, "a"))
+    run("generate", "--model", "t2v", "--teacher", "--prompt", "a", "--guidance", 1, "--shift", 6, "--out", out)
+    close(np.load(out), pixels(models.codec, many_steps(v, noise((0, 0), 5, 0), wan_grid(3, 6.0, 400.0))))
+
+
+@pytest.mark.parametrize("guidance", [2.0, 0.0])
+def test_images_of_a_cosmos_network(
+    guidance: float, models: World, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Karras' noise levels from 80 to 0.002, the last step left out; v_c + s (v_c - v_u), of which 0 leaves v_c."""
+    out, network, bars = tmp_path / "x.png", models.networks["t2i", "transformer"], []
+
+    class Bar(Progress):
+        def __init__(self, name: str, total: int, *rest: Any, **words: Any) -> None:
+            super().__init__(name, total, *rest, **words)
+            bars.append(self)
+
+    monkeypatch.setattr(generate, "Progress", Bar)
+    run("generate", "--model", "t2i", "--teacher", "--prompt", "a red circle", "--guidance", guidance, "--out", out)
+    assert [(bar.name, bar.done, bar.total) for bar in bars[1:]] == [("sample", 2, 2), ("decode", 1, 1)]
+    sigmas = np.linspace(80 ** (1 / 7), 0.002 ** (1 / 7), 3) ** 7
+    one, grey = (velocity(network, embedded(models, text)) for text in ("a red circle", "grey"))
+    grid = [sigma / (1 + sigma) for sigma in sigmas]
+    x = many_steps(guided(one, grey, guidance + 1), noise((0, 0), 1, 0) * grid[0], grid) / (1 - grid[-1])
     with Image.open(out) as image:
-        assert image.size == (448, 416) and not getattr(image, "is_animated", False)
+        assert image.size == (8 * WIDTH, 8 * HEIGHT) and not getattr(image, "is_animated", False)
+        close(np.array(image)[None, 4::8, 4::8], pixels(models.codec, x))
     assert comment(out)["teacher"]["negative_prompt"] == "grey"
 
 
@@ -396,28 +444,36 @@ def test_images_of_a_cosmos_network(models: World, run: Run, tmp_path: Path) -> 
 
 @pytest.fixture
 def photo(tmp_path: Path) -> tuple[Path, Tensor]:
-    """An image of just the size, and what it is in [-1, 1]."""
-    values = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+    """An image of just the height and twice the width, and what it is in [-1, 1]."""
+    values = np.random.default_rng(0).integers(0, 256, (HEIGHT, 2 * WIDTH, 3), dtype=np.uint8)
     Image.fromarray(values).save(tmp_path / "photo.png")
     return tmp_path / "photo.png", torch.from_numpy(values).permute(2, 0, 1)[None] / 127.5 - 1
 
 
+MIDDLE = (..., slice(WIDTH // 2, 3 * WIDTH // 2))  # of a photo, what is kept of it
+
+
 def test_wan21_from_an_image(models: World, photo: tuple[Path, Tensor], run: Run, tmp_path: Path) -> None:
+    """The clip begins with the image cut to its size, CLIP sees all of it."""
     (path, image), out = photo, tmp_path / "x.npy"
-    run("generate", "--model", "i2v", "--teacher", "--prompt", "a", "--image", path, "--out", out)
-    conditions = {"condition_BCTHW": first_frame(models.codec, image, 5), "image_BLD": models.vision.encode(image)}
+    run("generate", "--model", "i2v", "--teacher", "--prompt", "a", "--image", path, "--size", "48x32", "--out", out)
+    first = first_frame(models.codec, image[MIDDLE], 5)
+    conditions = {"condition_BCTHW": first, "image_BLD": models.vision.encode(image)}
     network = models.networks["i2v", "transformer"]
     one, grey = (velocity(network, embedded(models, text), **conditions) for text in ("a", "grey"))
     close(np.load(out), pixels(models.codec, many_steps(guided(one, grey, 3.0), noise((0, 0), 5, 0), wan_grid())))
 
 
 def test_wan22_switches_its_experts_at_the_boundary(
-    models: World, photo: tuple[Path, Tensor], run: Run, tmp_path: Path
+    models: World, photo: tuple[Path, Tensor], run: Run, fail: Run, tmp_path: Path
 ) -> None:
     (path, image), out = photo, tmp_path / "x.npy"
     high = models.folder / "data/experts/clips/checkpoints/transformer.pth"
-    student = ("generate", "--model", "experts", "--checkpoint", high, "--prompt", "a", "--image", path, "--out", out)
-    condition = first_frame(models.codec, image, 5)
+    student = ("generate", "--model", "experts", "--checkpoint", high, "--prompt", "a", "--image", path, "--out", out,
+               "--size", "48x32")  # fmt: skip
+    assert "name that of low noise with --second-checkpoint" in fail(*student)  # not the teacher's, silently
+    student = (*student, "--second-checkpoint", high.with_name("second.pth"))
+    condition = first_frame(models.codec, image[MIDDLE], 5)
     first, second = (
         velocity(models.networks["experts", which], embedded(models, "a"), condition_BCTHW=condition)
         for which in ("transformer", "second")
@@ -467,7 +523,14 @@ def test_the_image_decides_the_aspect_ratio(models: World, run: Run, tmp_path: P
         ("--device cuda", "there is no GPU here"),
         ("--codec nowhere.pth", "nowhere.pth does not exist: add --download"),
         ("--text nowhere.safetensors", "nowhere.safetensors does not exist"),
-        ("--second-checkpoint x.pth", "needs --boundary"),
+        ("--second-checkpoint x.pth", "go together"),
+        ("--boundary 0.5", "go together"),
+        ("--second-checkpoint x.pth --boundary 1.5", "'1.5' is no number between 0 and 1"),
+        ("--codec /", "'/' is neither a file nor a folder of one's own"),
+        ("--samples 65537", "--samples is 65537, but a prompt has noise for 65536 at most"),
+        ("--teacher --ode", "--ode is for students"),
+        ("--teacher --guidance 0", "1 is no guidance"),
+        ("--teacher --guidance -1", "'-1' is no number of 0 or more"),
         ("--sigma-max 0.1", "sigma_max is 0.1, must be at least"),
     ],
 )
@@ -509,6 +572,13 @@ def test_models_without_an_experiment_are_whole(name: str) -> None:
     sizes.check(settings, (settings["width"], settings["height"]), settings["frames"])
 
 
+def test_wan21_from_an_image_is_led_away_from_a_shaking_camera_too() -> None:
+    of21, of22, of_text = (
+        named(name)[1]["teacher"]["negative_prompt"] for name in ("wan2.1-i2v-14b", "wan2.2-i2v-a14b", "wan2.1-1.3b")
+    )
+    assert of21 == f"镜头晃动，{of_text}" and of22 == of_text
+
+
 def test_an_image_to_video_model_needs_an_image(models: World, fail: Run, tmp_path: Path) -> None:
     said = fail("generate", "--model", "i2v", "--teacher", "--prompt", "a", "--out", tmp_path / "x.mp4")
     assert "say which with --image" in said
@@ -521,7 +591,57 @@ def test_further_examples_parse(example: str) -> None:
     assert parse(stage, arguments).model
 
 
-def test_a_boundary_needs_a_second_checkpoint(models: World, fail: Run, tmp_path: Path) -> None:
-    base = ("--model", "t2i", "--teacher", "--prompt", "a", "--out", tmp_path / "x.png")
-    said = fail("generate", *base, "--boundary", 0.5)
-    assert "second.pth does not exist: check the path, or name another with --second-checkpoint" in said
+@pytest.mark.parametrize(
+    ("lacking", "options", "said"),
+    [
+        ("teacher", ("--teacher",), "the model lame is a student: omit --teacher, or name another with --model"),
+        ("sampler", (), "the model lame is a teacher: add --teacher"),
+        ("teacher.guidance_form", ("--teacher",), "the settings of the model lame lack 'guidance_form'"),
+        ("sampler.mid_times", (), "missing 1 required positional argument: 'mid_times'"),
+        ("codec", (), "the settings of the model lame lack 'codec'"),
+        ("media", (), "the settings of the model lame lack 'media'"),
+    ],
+)
+def test_a_model_file_that_lacks_something(
+    lacking: str, options: Sequence[str], said: str, models: World, fail: Run, tmp_path: Path
+) -> None:
+    whole, (section, _, key) = model("t2v"), lacking.partition(".")
+    whole = {**whole, section: {k: v for k, v in whole[section].items() if k != key}} if key else whole
+    whole = whole if key else {name: value for name, value in whole.items() if name != section}
+    path = models.folder / "config/model/lame.yaml"
+    path.write_text(yaml.safe_dump(whole))
+    bare = models.folder / "data/t2v/clips/checkpoints/transformer.pth"
+    try:
+        message = fail(
+            *("generate", "--model", "lame", "--checkpoint", bare, *files(models, "t2v"), *options),
+            *("--prompt", "a", "--out", tmp_path / "x.gif"),
+        )
+    finally:
+        path.unlink()
+    assert said in message
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("wan2.1-1.3b", "take the released one with --model wan2.1-1.3b-rcm --download"),
+        ("wan2.1-i2v-14b", "this model has no student here: add --teacher, or name another with --checkpoint"),
+        ("cosmos-predict2-2b", "distil it, or name another with --checkpoint"),
+    ],
+)
+def test_what_to_do_without_a_student(
+    name: str, remedy: str, fail: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert remedy in fail("generate", "--model", name, "--prompt", "a", "--out", "x.png")
+
+
+@pytest.mark.parametrize("out", ["file/x.png", "folder.png"])
+def test_where_nothing_can_be_written_nothing_is_done(
+    out: str, models: World, fail: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rcm.cli.generate.encoded", None)
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.png").mkdir()
+    base = ("--model", "t2v", "--checkpoint", models.folder / "student.safetensors", "--prompt", "a")
+    assert str(tmp_path / out).removesuffix("/x.png") in fail("generate", *base, "--out", tmp_path / out)

@@ -59,6 +59,12 @@ def test_a_shape_that_moves_slides_and_another_that_appears_fades(codec):
     assert np.allclose(np.diff(faded), (faded[-1] - faded[0]) / 4, atol=1.5)
 
 
+def test_a_video_comes_to_the_device_of_the_codec(codec):
+    with torch.device("meta"):
+        there = CellCodec(channels=24, cell=16, stride=4)
+    assert there.encode(torch.zeros(1, 3, 5, 48, 48)).device.type == "meta"
+
+
 def test_sizes_that_do_not_divide_are_named(codec):
     with pytest.raises(ValueError, match="need 1 \\+ 4k frames"):
         codec.encode(torch.zeros(1, 3, 4, 48, 48))

@@ -77,6 +77,25 @@ def test_tangent_error_is_that_of_a_rounded_weight() -> None:
     assert found["bfloat16"]["tangent"]["median"][0] == pytest.approx(expected, rel=1e-5)
 
 
+def test_all_comes_to_the_device_of_the_networks() -> None:
+    """Noise and texts are made on the CPU; the meta device stands for a GPU, until numbers are read."""
+
+    class Reading(Toy):
+        def forward(self, x: Tensor, time: Tensor, text: Tensor) -> Tensor:
+            return super().forward(x, time, text) + text[..., None, None]
+
+    class Done(Exception):
+        pass
+
+    def done(count: int) -> None:
+        raise Done
+
+    network, texts = Reading(1.0, 1.0).to("meta"), (torch.zeros(2, 1, 1), TEXT)
+    with pytest.raises(Done):
+        x0, noise = torch.zeros(2, 1, 1, 1, 1, device="meta"), torch.zeros(2, 1, 1, 1, 1)
+        rounding_errors(network, network, x0, noise, *texts, guidance=2.0, times=[1.0], advance=done)
+
+
 def test_a_transformer_in_every_precision() -> None:
     sizes = {"width": 16, "mlp_width": 16, "layers": 1, "heads": 2, "in_channels": 4, "out_channels": 4}
     rest = {"text_width": 8, "time_width": 8, "patch": [1, 1, 1], "time_scale": 1000.0, "positions": None}

@@ -25,12 +25,11 @@ import rcm
 import rcm.text
 import rcm.vision
 from rcm.artefact import atomic_file, beside, content_sha256, read_json
-from rcm.checkpoints import load_weights
-from rcm.cli.images import fitted
-from rcm.cli.models import Job, Student, Teacher, codec, device_of, network
+from rcm.cli.images import fitted, whole
+from rcm.cli.models import Job, Student, Teacher, bare_text_encoder, codec, device_of, filled, network
 from rcm.cli.orders import Order, ordered
-from rcm.cli.pictures import check_suffix, enlarged, frame_rate, grid, write
-from rcm.cli.progress import INTERVAL, Progress
+from rcm.cli.pictures import check_suffix, enlarged, frame_rate, grid, make_room, write
+from rcm.cli.progress import Progress
 from rcm.codecs import to_pixels
 from rcm.conditioning import Experts, first_frame_condition
 from rcm.data import world
@@ -59,6 +58,7 @@ def generate(arguments: Namespace) -> None:
     """
     suffix = check_suffix(arguments.out)
     order = ordered(arguments)
+    make_room(arguments.out)
     texts = encoded(order)
     decoder = codec(order.settings["codec"], order.files["codec"], device=order.placed["device"])
     draw = drawing(order, opened(order, decoder), texts)
@@ -122,7 +122,7 @@ def encoded(order: Order) -> Encoded:
         for number in encoder.cut(order.texts):
             note(f"longer than {encoder.tokens} tokens, the rest is cut: {json.dumps(order.texts[number][:60])} ...")
     known = {}
-    with Patient("encode", len(order.texts), "prompts") as progress:
+    with Progress("encode", len(order.texts), "prompts", patient=True) as progress:
         for text in order.texts:
             known[text] = encoder.encode([text])[0].cpu()
             progress.advance()
@@ -135,16 +135,8 @@ def text_encoder(order: Order) -> Any:
         return rcm.text.Embeddings(order.files["embeddings"])
     if "text" not in order.files:
         return rcm.text.build(order.settings["text"])
-    with torch.device("meta"):
-        encoder: Any = rcm.text.build(order.settings["text"])
-    encoder.tokenizer = rcm.text.tokenizer(order.files["tokenizer"])
-    return filled(encoder, order.files["text"], order)
-
-
-def filled(module: nn.Module, path: Path, order: Order) -> Any:
-    """A module of the meta device with the weights of a checkpoint, in the order's place and precision."""
-    load_weights(module.to(getattr(torch, order.placed["precision"])), path, device=device_of(order.placed["device"]))
-    return module.eval().requires_grad_(False)
+    encoder = bare_text_encoder(order.settings["text"], order.files["tokenizer"])
+    return filled(encoder, order.files["text"], **order.placed)
 
 
 def remarks(order: Order) -> list[str]:
@@ -185,12 +177,14 @@ def opened(order: Order, encoder: Any) -> nn.Module:
     """
     conditions: dict[str, Tensor] = {}
     if order.image is not None:
-        image = fitted(order.image, order.size).to(device_of(order.placed["device"]))
-        conditions["condition_BCTHW"] = first_frame_condition(encoder, image, order.settings["frames"])
+        device = device_of(order.placed["device"])
+        first = fitted(order.image, order.size).to(device)
+        conditions["condition_BCTHW"] = first_frame_condition(encoder, first, order.settings["frames"])
         if "vision" in order.files:
             with torch.device("meta"):
                 vision = rcm.vision.build(order.settings.get("vision", "clip-vit-huge-14"))
-            conditions["image_BLD"] = filled(vision, order.files["vision"], order).encode(image)
+            vision = filled(vision, order.files["vision"], **order.placed)
+            conditions["image_BLD"] = vision.encode(whole(order.image).to(device))
             del vision
     built = network(order.settings["network"], order.files["checkpoint"], **order.placed)
     if "second" in order.files:
@@ -210,7 +204,7 @@ def drawing(order: Order, built: nn.Module, texts: Encoded) -> Draw:
     calls = order.steps - 1 if last_is_free else order.steps
 
     def draw(job: Job) -> Tensor:
-        with Patient("sample", calls, "steps") as progress:
+        with Progress("sample", calls, "steps", patient=True) as progress:
             counting = built.register_forward_hook(lambda *_: progress.advance())
             try:
                 return sample(texts.encode([order.prompts[job[0]]]), [job], seed=order.seed)
@@ -222,19 +216,11 @@ def drawing(order: Order, built: nn.Module, texts: Encoded) -> Draw:
 
 def decoded(order: Order, decoder: Any, latents_BCTHW: Tensor) -> Iterator[np.ndarray]:
     """The pieces of a sample, uint8 (t, H, W, 3), one after another."""
-    with Patient("decode", order.settings["frames"], "frames") as progress:
+    with Progress("decode", order.settings["frames"], "frames", patient=True) as progress:
         for video in decoder.frames(latents_BCTHW):
             piece = to_pixels(video)[0]
             yield piece
             progress.advance(len(piece))
-
-
-class Patient(Progress):
-    """Progress that says nothing in a log file of what is over soon."""
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
-        if self._bar is not None or time.monotonic() - self._start >= INTERVAL:
-            super().__exit__(kind, *rest)
 
 
 # --- What is said and noted ------------------------------------------------------------------------------------------

@@ -56,5 +56,9 @@ def _over_white(image: Image.Image) -> Image.Image:
 
 def fitted(image: Image.Image, size: tuple[int, int]) -> Tensor:
     """The image as (1, 3, H, W) in [-1, 1] at a size (width, height): resized to cover it, cut about its centre."""
-    cut = ImageOps.fit(image, size, Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(cut)).permute(2, 0, 1)[None].float() / 127.5 - 1
+    return whole(ImageOps.fit(image, size, Image.Resampling.BICUBIC))
+
+
+def whole(image: Image.Image) -> Tensor:
+    """The image as it is, (1, 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1

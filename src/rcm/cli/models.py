@@ -89,6 +89,21 @@ def text_encoder(settings: Mapping[str, Any], embeddings: Path | None) -> Any:
     return rcm.text.build(settings["text"])
 
 
+def bare_text_encoder(settings: Mapping[str, Any], tokenizer: Path | None) -> Any:
+    """The text encoder of a section `text` with its tokenizer, and without memory for weights: see `filled`."""
+    with torch.device("meta"):
+        encoder: Any = rcm.text.build(settings)
+    if tokenizer is not None:
+        encoder.tokenizer = rcm.text.tokenizer(tokenizer)
+    return encoder
+
+
+def filled(bare: nn.Module, path: Path, *, device: str, precision: str) -> Any:
+    """An encoder of the meta device with the weights of a checkpoint, for inference."""
+    load_weights(bare.to(getattr(torch, precision)), path, device=device_of(device))
+    return bare.eval().requires_grad_(False)
+
+
 @dataclass(frozen=True)
 class Teacher:
     """A rectified-flow teacher, sampled with guidance as `sampler` says, a section `teacher` or `synthesis`."""
@@ -129,6 +144,11 @@ def placed(config: Mapping[str, Any]) -> dict[str, str]:
     return {key: config["inference"][key] for key in ("device", "precision")}
 
 
+def times_of(sampler: Mapping[str, Any], steps: int) -> list[float]:
+    """The trig times of a section `sampler`; ValueError where it has none for so many steps."""
+    return few_step_times(**{key: value for key, value in sampler.items() if key != "ode"}, steps=steps)
+
+
 @dataclass(frozen=True)
 class Student:
     """A few-step student; `settings` are those exported with it."""
@@ -140,7 +160,7 @@ class Student:
     def times(self, steps: int) -> list[float]:
         """The sampler's trig times, or UserError where the student has none for so many steps."""
         try:
-            return few_step_times(**self.settings["sampler"], steps=steps)
+            return times_of(self.settings["sampler"], steps)
         except ValueError as error:
             raise UserError(str(error)) from error
 
@@ -151,7 +171,8 @@ class Student:
         device = next(self.network.parameters()).device
         text = text_BLD.to(device)
         noises = [noise_of(jobs, shape, seed=seed, step=k).to(device) for k in range(steps)]
-        return consistency_sample(lambda x, t: wrapped.denoise(x, t, text), self.times(steps), noises)
+        ode = self.settings["sampler"].get("ode", False)
+        return consistency_sample(lambda x, t: wrapped.denoise(x, t, text), self.times(steps), noises, ode=ode)
 
 
 # sections that an export carries

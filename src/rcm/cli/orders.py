@@ -12,9 +12,9 @@ from PIL import Image
 from rcm.artefact import UserError
 from rcm.checkpoints import download, read_settings
 from rcm.cli import config, images, sizes
-from rcm.cli.models import EXPORTED
+from rcm.cli.models import EXPORTED, SAMPLES_PER_PROMPT, times_of
 from rcm.data.prompt_files import read_prompt_file
-from rcm.sampling import few_step_times, teacher_sample
+from rcm.sampling import teacher_sample
 from rcm.tree import options, settings_of
 
 STEPS = 4  # of a student
@@ -56,6 +56,15 @@ class Order:
 
 def ordered(arguments: Namespace) -> Order:
     """The order that the options make; UserError for what cannot be."""
+    try:
+        return _ordered(arguments)
+    except KeyError as error:  # a model file is not checked by a schema
+        raise UserError(f"the settings of the model {arguments.model or arguments.checkpoint} lack {error}") from error
+
+
+def _ordered(arguments: Namespace) -> Order:
+    if arguments.samples > SAMPLES_PER_PROMPT:
+        raise UserError(f"--samples is {arguments.samples}, but a prompt has noise for {SAMPLES_PER_PROMPT} at most")
     if arguments.prompts is None:
         prompts = [checked(arguments.prompt)]
     else:
@@ -95,11 +104,15 @@ def _model(arguments: Namespace) -> tuple[str, dict[str, Any], Path]:
     scale, settings = "tiny", dict[str, Any]()
     if arguments.model or arguments.teacher or arguments.checkpoint is None:
         scale, settings = named(arguments.model or scale)
+    if arguments.teacher and "teacher" not in settings:
+        raise UserError(f"the model {scale} is a student: omit --teacher, or name another with --model")
     checkpoint = arguments.checkpoint or _checkpoint(scale, settings, arguments.teacher)
     if not arguments.teacher:
         _fetch(arguments, scale, settings, "student", checkpoint)
         _exists(checkpoint, "checkpoint", _remedy(scale, settings, "student"))
         settings |= _exported(checkpoint, bool(settings))
+        if "sampler" not in settings:
+            raise UserError(f"the model {scale} is a teacher: add --teacher")
     return scale, settings, checkpoint
 
 
@@ -120,11 +133,11 @@ def named(name: str) -> tuple[str, dict[str, Any]]:
     """(scale, settings) of a model: of config/model/, a scale, or an experiment. UserError where there is none."""
     if name in options("model"):
         settings = settings_of("model", name)
-        return name, settings | {
-            group: settings_of(group, settings[group])
-            for group in ("network", "codec", "text", "vision")
-            if group in settings
-        }
+        groups = [group for group in ("network", "codec", "text", "vision") if group in settings]
+        try:
+            return name, settings | {group: settings_of(group, settings[group]) for group in groups}
+        except ValueError as error:
+            raise UserError(f"the model {name}: {error}") from error
     experiments = options("experiment")
     for experiment in (name, f"{name}-images", f"{name}-clips"):
         if experiment in experiments:
@@ -135,13 +148,15 @@ def named(name: str) -> tuple[str, dict[str, Any]]:
 
 # --- Files -----------------------------------------------------------------------------------------------------------
 
-OPTIONS = {"second": "second-checkpoint", "text": "text-encoder", "embeddings": "text"}  # where they are not the name
+OPTION_OF_FILE = {"second": "second-checkpoint", "text": "text-encoder", "embeddings": "text"}  # others have its name
 
 
 def _files(arguments: Namespace, scale: str, settings: Mapping[str, Any], checkpoint: Path) -> dict[str, Path]:
     """The files that are needed, as given or where the pipeline puts them; a missing one is a UserError."""
     wanted: dict[str, Path | None] = {"checkpoint": checkpoint, "codec": arguments.codec}
     if settings.get("boundary") is not None:
+        if arguments.checkpoint is not None and arguments.second_checkpoint is None:
+            raise UserError(f"{checkpoint} is one of two experts: name that of low noise with --second-checkpoint")
         wanted["second"] = arguments.second_checkpoint
     if arguments.text is not None:
         wanted["embeddings"] = arguments.text
@@ -153,7 +168,7 @@ def _files(arguments: Namespace, scale: str, settings: Mapping[str, Any], checkp
         wanted["image"] = arguments.image
     files = {}
     for name, given in wanted.items():
-        option = OPTIONS.get(name, name)
+        option = OPTION_OF_FILE.get(name, name)
         if given is None and "checkpoints" not in settings and settings["codec"]["kind"] != "cells":
             raise UserError(f"{checkpoint} does not say where its other files are: say --{option}, or --model")
         files[name] = given or stored(scale, settings, name)
@@ -197,7 +212,13 @@ def _remedy(scale: str, settings: Mapping[str, Any], name: str) -> str:
         return "run `make tables` first"
     if entry := settings.get("checkpoints", {}).get(name):
         return f"add --download, which fetches it from {entry['source']}"
-    return "distil it" if name == "student" else "check the path"
+    if name != "student":
+        return "check the path"
+    if f"{scale}-rcm" in options("model"):
+        return f"distil it, take the released one with --model {scale}-rcm --download"
+    if scale in options("model"):
+        return "this model has no student here: add --teacher"
+    return "distil it"
 
 
 # --- Sampling --------------------------------------------------------------------------------------------------------
@@ -207,12 +228,21 @@ def _with_sampling(arguments: Namespace, settings: Mapping[str, Any]) -> dict[st
     """The settings with the options that change how samples are drawn, tried out on a sample of one number."""
     of_teachers = ("steps", "guidance", "shift", "negative_prompt")
     given = {name: value for name in ("sigma_max", *of_teachers) if (value := getattr(arguments, name)) is not None}
-    if arguments.second_checkpoint is not None and arguments.boundary is None and "boundary" not in settings:
-        raise UserError("--second-checkpoint needs --boundary, the time below which it is used")
+    if arguments.ode:
+        given["ode"] = True
+    if "boundary" not in settings and (arguments.second_checkpoint is None) != (arguments.boundary is None):
+        raise UserError("--second-checkpoint, the expert of low noise, and --boundary, where it begins, go together")
     boundary = {} if arguments.boundary is None else {"boundary": arguments.boundary}
     try:
         if arguments.teacher:
-            teacher = {**settings["teacher"], **given}
+            if arguments.ode:
+                raise UserError("--ode is for students; the steps of a teacher are those of an ODE")
+            before = settings["teacher"]
+            teacher = {**before, **given}
+            if "shift" in given and "sigma_max" not in given:  # so that the first u is the same
+                teacher["sigma_max"] = before["sigma_max"] * given["shift"] / before["shift"]
+            if teacher["guidance_form"] == "unconditional" and teacher["guidance"] == 0:
+                raise UserError("--guidance 0 leaves the negative prompt alone here; 1 is no guidance")
             checked(teacher["negative_prompt"])
             words = {name: teacher[name] for name in ("sampler", "steps", "shift", "sigma_max")}
             teacher_sample(lambda x, r: x, torch.zeros(1, 1), **words)
@@ -221,8 +251,8 @@ def _with_sampling(arguments: Namespace, settings: Mapping[str, Any]) -> dict[st
         if mistaken := next((name for name in of_teachers if name in given), None):
             raise UserError(f"--{mistaken.replace('_', '-')} is for teachers: students have their guidance built in")
         sampler = {**settings["sampler"], **given}
-        times = few_step_times(**sampler, steps=steps)
-    except ValueError as error:
+        times = times_of(sampler, steps)
+    except (TypeError, ValueError) as error:
         raise UserError(str(error)) from error
     return {**settings, **boundary, "sampler": sampler, "times": times}
 

@@ -9,13 +9,21 @@ from typing import Any, NoReturn
 from rcm.artefact import UserError
 
 
+def place(text: str) -> Path:
+    """A file or folder, which has a name: "." gets that of the folder."""
+    path = Path(text) if Path(text).name else Path(text).absolute()
+    if not path.name:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a file nor a folder of one's own")
+    return path
+
+
 @dataclass(frozen=True)
 class Option:
     """One option of a stage; `repeat` takes one or more values, kind `bool` none: it is a switch."""
 
     name: str
     help: str
-    kind: Callable[[str], Any] = Path
+    kind: Callable[[str], Any] = place
     required: bool = True
     default: Any = None
     repeat: bool = False
@@ -73,13 +81,30 @@ def pixels(text: str) -> tuple[int, int]:
 
 def positive(text: str) -> float:
     """A number above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0
-    if not 0 < value < float("inf"):
+    if not 0 < (value := _number(text)) < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
     return value
+
+
+def scale(text: str) -> float:
+    """A number of 0 or more."""
+    if not 0 <= (value := _number(text)) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of 0 or more")
+    return value
+
+
+def fraction(text: str) -> float:
+    """A number between 0 and 1."""
+    if not 0 < (value := _number(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number between 0 and 1")
+    return value
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return float("nan")
 
 
 def size(text: str) -> float:
@@ -117,10 +142,10 @@ STAGES: dict[str, Stage] = {
         "Fetch a checkpoint that the configuration names, verify it, and note what came in OUT.download.json.",
         (
             Option("--name", "which checkpoint of the configuration, such as transformer, codec or text", str),
-            Option("--out", "where to put it: a file, or a folder where the source ends in a slash"),
+            Option("--out", "where to put it: a file, or a folder where the source ends in a slash or has a *"),
         ),
         "rcm download --name transformer --out data/tiny/images/checkpoints/transformer.pth",
-        overrides=f"{EXPERIMENT}  checkpoints.NAME.source=PATH|http(s)://...|s3://BUCKET/KEY|hf://OWNER/REPO/PATH  "
+        overrides="experiment=NAME  checkpoints.NAME.source=PATH|http(s)://...|s3://BUCKET/KEY|hf://OWNER/REPO/PATH  "
         "checkpoints.NAME.sha256=HEX",
     ),
     "pretrain": Stage(
@@ -426,7 +451,7 @@ STAGES: dict[str, Stage] = {
             Option(
                 "--boundary",
                 "Wan2.2: the time (0 to 1) below which it is used (default: 0.9)",
-                positive,
+                fraction,
                 False,
                 group="model",
             ),
@@ -459,10 +484,24 @@ STAGES: dict[str, Stage] = {
                 False,
                 group="sampling",
             ),
-            Option("--guidance", "teachers: scale of the guidance", positive, False, group="sampling"),
+            Option(
+                "--ode",
+                "students: no fresh noise between the steps; sharper but less robust, for I2V",
+                bool,
+                False,
+                group="sampling",
+            ),
+            Option(
+                "--guidance",
+                "teachers: scale of the guidance; none at 1 of Wan's, at 0 of Cosmos', which is Wan's less 1",
+                scale,
+                False,
+                group="sampling",
+            ),
             Option(
                 "--shift",
-                "teachers: shift of the times; Wan2.1 I2V has 3 at 480p and 5 at 720p",
+                "teachers: shift of the times; Wan2.1 I2V has 3 at 480p and 5 at 720p. The model's --sigma-max goes "
+                "with it",
                 positive,
                 False,
                 group="sampling",
@@ -602,7 +641,7 @@ def build(name: str) -> argparse.ArgumentParser:
             default=option.default,
             choices=option.choices,
             nargs="+" if option.repeat else None,
-            metavar=None if option.choices else "PATH" if option.kind is Path else option.name[2:].upper(),
+            metavar=None if option.choices else "PATH" if option.kind is place else option.name[2:].upper(),
             help=option.help + (f" (default: {option.default})" if option.default is not None else ""),
         )
     if stage.overrides:

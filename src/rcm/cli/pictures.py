@@ -61,6 +61,14 @@ def check_suffix(path: Path) -> str:
     return suffix
 
 
+def make_room(path: Path) -> None:
+    """Make the folder of an output; UserError or OSError where the output cannot be written."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, but a file is to be written there; choose another name")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=path.parent).close()
+
+
 def png(frames_THWC: np.ndarray, rate: float = FRAMES_PER_SECOND, comment: str = "") -> bytes:
     """A PNG, animated where there are several frames, every one of which can be read back."""
     images = [Image.fromarray(frame) for frame in frames_THWC]

@@ -10,10 +10,13 @@ INTERVAL = 20.0  # seconds between two plain lines
 
 
 class Progress:
-    """Count `total` units of work: `with Progress("synthesize", 400, "samples") as progress: progress.advance(32)`."""
+    """Count `total` units of work: `with Progress("synthesize", 400, "samples") as progress: progress.advance(32)`.
 
-    def __init__(self, name: str, total: int, unit: str):
-        self.name, self.total, self.unit = name, total, unit
+    With `patient` a log file does not hear of what is over before the next line is due.
+    """
+
+    def __init__(self, name: str, total: int, unit: str, *, patient: bool = False):
+        self.name, self.total, self.unit, self.patient = name, total, unit, patient
         self.done = 0
         self._start = time.monotonic()
         self._spoken = self._start, 0  # time and count of the last plain line: a resumed run starts with a leap
@@ -39,5 +42,5 @@ class Progress:
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         if self._bar is not None:
             self._bar.close()
-        elif kind is None:
+        elif kind is None and not (self.patient and time.monotonic() - self._start < INTERVAL):
             self._say(f"{self.done} {self.unit} in {time.monotonic() - self._start:.1f} s")

@@ -16,7 +16,7 @@ from rcm.cli.config import compose
 from rcm.cli.models import Job, Student, Teacher, codec, jobs_of, placed, student, teacher
 from rcm.cli.pictures import encode, frame_rate
 from rcm.cli.progress import Progress
-from rcm.codecs import from_pixels, to_pixels
+from rcm.codecs import CellCodec, from_pixels, to_pixels
 from rcm.data import world
 from rcm.data.prompt_files import read_prompt_file
 from rcm.data.prompts import Metadata
@@ -99,7 +99,12 @@ def _text(model: Student | Teacher, captions: Sequence[Metadata], jobs: Sequence
 
 @torch.no_grad()
 def _decoded(decoder: Any, latents_BCTHW: Tensor) -> np.ndarray:
-    return to_pixels(decoder.decode(latents_BCTHW))
+    """Frames of a batch, sample by sample where a codec takes far more memory than a network.
+
+    The tiny codec takes none, and rounds otherwise one by one.
+    """
+    at_once = len(latents_BCTHW) if isinstance(decoder, CellCodec) else 1
+    return np.concatenate([to_pixels(decoder.decode(latents)) for latents in latents_BCTHW.split(at_once)])
 
 
 def _truth(captions: Sequence[Metadata], jobs: Sequence[Job], frames: int, seed: int) -> np.ndarray:

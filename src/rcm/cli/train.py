@@ -18,7 +18,7 @@ import rcm.text
 from rcm.artefact import UserError, atomic_file, atomic_folder, beside, content_sha256, recording
 from rcm.checkpoints import load_into, load_pth, save_dcp, save_pth
 from rcm.cli.config import compose
-from rcm.cli.models import codec, jobs_of, latent_shape, noise_of, text_encoder
+from rcm.cli.models import codec, jobs_of, latent_shape, noise_of, text_encoder, times_of
 from rcm.cli.networks import open_networks
 from rcm.cli.pictures import grid, png
 from rcm.cli.progress import Progress
@@ -27,7 +27,7 @@ from rcm.cli.sources import code_digest
 from rcm.codecs import to_pixels
 from rcm.data.shards import read_shards
 from rcm.parallel import Mesh, start
-from rcm.sampling import consistency_sample, few_step_times
+from rcm.sampling import consistency_sample
 from rcm.training.distill import Preview
 from rcm.training.settings import Parallel, Settings
 from rcm.training.signals import caught_signals
@@ -150,12 +150,13 @@ def _previewer(config: Mapping[str, Any], encoder: Any, codec_path: Path, folder
     prompts = _encoded(encoder, config) if isinstance(encoder, rcm.text.Embeddings) else _tasks(config)
     jobs = jobs_of("1-of-1", len(prompts), suite["samples"])
     text_BLD = encoder.encode([prompts[prompt] for prompt, _ in jobs]).to(mesh.device)
-    times = few_step_times(**sampler, steps=1 + len(sampler["mid_times"]))
+    times = times_of(sampler, 1 + len(sampler["mid_times"]))
     noises = [noise_of(jobs, shape, seed=suite["seed"], step=k).to(mesh.device) for k in range(len(times))]
     decoder = codec(config["codec"], codec_path, device=mesh.device.type)
 
     def preview(update: int, denoise: Callable[..., Tensor]) -> None:
-        latents = consistency_sample(lambda x, t: denoise(x, t, text_BLD), times, noises)
+        ode = sampler.get("ode", False)
+        latents = consistency_sample(lambda x, t: denoise(x, t, text_BLD), times, noises, ode=ode)
         if mesh.is_main:
             frames = np.concatenate([to_pixels(decoder.decode(latent[None])) for latent in latents])
             with atomic_file(folder / f"{update:06d}.png") as path:

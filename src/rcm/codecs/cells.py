@@ -53,7 +53,8 @@ class CellCodec(nn.Module):
     def encode(self, video_BCTHW: Tensor) -> Tensor:
         """Latents (B, C, T, rows, columns) of a video. Raises ValueError for a size that does not divide."""
         check_size(video_BCTHW, self.cell, self.stride)
-        latents = (self._cells(video_BCTHW[:, :, :: self.stride]) - self.mean) @ self.basis.T / self.scale
+        cells = self._cells(video_BCTHW[:, :, :: self.stride]).to(self.mean)
+        latents = (cells - self.mean) @ self.basis.T / self.scale
         return latents.permute(0, 4, 1, 2, 3)
 
     def decode(self, latents_BCTHW: Tensor) -> Tensor:

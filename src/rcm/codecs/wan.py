@@ -20,6 +20,13 @@ from .cells import check_size
 Past = dict[nn.Module, Tensor]
 
 
+class _Last(Past):
+    """The past that the last piece finds; it keeps nothing, as nothing comes after it."""
+
+    def __setitem__(self, layer: nn.Module, frames: Tensor) -> None:
+        pass
+
+
 def _frame_by_frame(function: Callable[[Tensor], Tensor], x_BCTHW: Tensor) -> Tensor:
     """`function` of pictures (N, C, H, W), applied to each frame."""
     frames_NCHW = function(x_BCTHW.transpose(1, 2).flatten(0, 1))
@@ -245,9 +252,10 @@ class WanVAE(nn.Module):
         """Latents of a video: the mean of the posterior. Raises ValueError for a size that does not divide."""
         check_size(video_BCTHW, self.cell, self.stride)
         past: Past = {}
-        pieces = []
-        for start, end in pairwise([0, *range(1, video_BCTHW.shape[2] + 1, self.stride)]):
-            features = self.encoder(video_BCTHW[:, :, start:end].to(self.conv1.weight), past)
+        pieces, count = [], video_BCTHW.shape[2]
+        for start, end in pairwise([0, *range(1, count + 1, self.stride)]):
+            piece = video_BCTHW[:, :, start:end].to(self.conv1.weight)
+            features = self.encoder(piece, past if end < count else _Last(past))
             pieces.append(self.conv1(features)[:, : self.channels])
         posterior = torch.cat(pieces, dim=2)
         mean, std = self._statistics(posterior)
@@ -263,8 +271,9 @@ class WanVAE(nn.Module):
             raise ValueError(f"latents of {tuple(latents_BCTHW.shape)}: need (B, {self.channels}, T, H, W)")
         past: Past = {}
         mean, std = self._statistics(latents_BCTHW)
-        for latents in latents_BCTHW.split(1, dim=2):
-            video = self.decoder(self.conv2((latents * std + mean).to(self.conv2.weight)), past)
+        for following, latents in enumerate(latents_BCTHW.split(1, dim=2), start=1):
+            piece = self.conv2((latents * std + mean).to(self.conv2.weight))
+            video = self.decoder(piece, past if following < latents_BCTHW.shape[2] else _Last(past))
             yield video.to(torch.promote_types(video.dtype, torch.float32)).clamp_(-1, 1)
 
     def decode(self, latents_BCTHW: Tensor) -> Tensor:

@@ -66,9 +66,10 @@ def rounding_errors(
 ) -> dict[str, dict[str, dict[str, list[float]]]]:
     """Quartiles over the samples at each trig time: {precision: {output | tangent: {low | median | high: [...]}}}.
 
-    Points are C x0 + S noise. `teacher` gives the direction with `guidance`, `null_text` (1, L, D) is the empty prompt;
-    `advance` is told of each time that is done.
+    Points are C x0 + S noise, on the device of x0, which is that of the networks. `teacher` gives the direction with
+    `guidance`, `null_text` (1, L, D) is the empty prompt; `advance` is told of each time that is done.
     """
+    noise_BCTHW, text_BLD, null_text = (x.to(x0_BCTHW.device) for x in (noise_BCTHW, text_BLD, null_text))
     exact, guide = (Wrapped(deepcopy(net).double()) for net in (network, teacher))
     rounded = {name: Wrapped(cast(deepcopy(network))) for name, cast in PRECISIONS.items()}
     found: dict[str, dict[str, list[Tensor]]] = {name: {key: [] for key in OUTPUTS} for name in rounded}
