@@ -1,6 +1,7 @@
 """Downloads arrive whole and verified, go on where they stopped, and say what to do without a network."""
 
 import hashlib
+import importlib
 import json
 import os
 import re
@@ -22,6 +23,7 @@ from rcm.artefact import UserError, content_sha256, sha256_folder
 from rcm.checkpoints import download, transfer, verify
 from rcm.checkpoints.origins import find
 
+downloading = importlib.import_module("rcm.checkpoints.download")  # the function has its name
 CONTENT = np.random.default_rng(0).bytes(3_000_000)
 SHA = hashlib.sha256(CONTENT).hexdigest()
 FLIPPED = CONTENT[:-1] + bytes([CONTENT[-1] ^ 1])
@@ -139,17 +141,60 @@ def test_parts_run_at_once(server: Server, tmp_path: Path) -> None:
     assert (tmp_path / "x.pth").read_bytes() == CONTENT
 
 
-def test_two_processes_do_not_write_the_same_file(server: Server, tmp_path: Path) -> None:
-    server.hold = threading.Event()
-    thread = threading.Thread(target=download, args=(server.url, tmp_path / "x.pth", SHA))
-    thread.start()
-    while not server.requested and thread.is_alive():
+@pytest.mark.parametrize("moment", ["transfer", "hashing"])
+def test_who_comes_second_waits(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], moment: str
+) -> None:
+    """Without ranges a second transfer would empty the file that the first one hashes or renames."""
+    server.ranges, out = False, tmp_path / "x.pth"
+    reached, go_on, hashed = threading.Event(), threading.Event(), downloading._hashed
+
+    def slowly(file: Path) -> dict[str, Any]:
+        found = hashed(file)
+        reached.set()
+        go_on.wait(20)
+        return found
+
+    if moment == "transfer":
+        server.hold = go_on
+    else:
+        monkeypatch.setattr(downloading, "_hashed", slowly)
+    threads = [threading.Thread(target=download, args=(server.url, out)) for _ in range(2)]
+    threads[0].start()
+    while not (reached.is_set() or (server.hold and server.requested)):
         time.sleep(0.01)
-    with pytest.raises(UserError, match="is being fetched by another process"):
-        download(server.url, tmp_path / "x.pth", SHA)
-    server.hold.set()
-    thread.join()
-    assert (tmp_path / "x.pth").read_bytes() == CONTENT
+    threads[1].start()
+    said = ""
+    while "x.pth is being downloaded by another process; waiting" not in said and threads[1].is_alive():
+        said += capsys.readouterr().err
+        time.sleep(0.01)
+    go_on.set()
+    for thread in threads:
+        thread.join()
+    assert server.requested == [None] and out.read_bytes() == CONTENT and verify(out) == SHA
+    assert names(tmp_path) == ["x.pth", "x.pth.download.json"]
+
+
+def test_a_lock_that_was_removed_is_no_lock(tmp_path: Path) -> None:
+    """Of three that want it, the last one opens the lock's file after the first has removed it."""
+    inside: list[str] = []
+
+    def work(name: str) -> None:
+        with downloading._alone(tmp_path / "x"):
+            inside.append(name)
+            assert inside == [name]
+            time.sleep(0.002)
+            inside.remove(name)
+            done.append(name)
+
+    done: list[str] = []
+    threads = [threading.Thread(target=work, args=(str(number),)) for number in range(12)]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.001)
+    for thread in threads:
+        thread.join()
+    assert len(done) == 12 and names(tmp_path) == []
 
 
 @pytest.mark.parametrize("length", [True, False])
@@ -203,7 +248,7 @@ def test_a_killed_process_goes_on(server: Server, tmp_path: Path, monkeypatch: p
     """SIGKILL in the middle of all parts, Ctrl-C a little later: what had arrived is not fetched again."""
     monkeypatch.setattr(transfer, "_CHUNK", 50_000)
     server.hold, out = threading.Event(), tmp_path / "x.pth"
-    settings = f"transfer.PART, transfer._CHUNK = {transfer.PART}, {transfer._CHUNK}"
+    settings = f"transfer.PART, transfer._CHUNK, transfer._NOTED = {transfer.PART}, {transfer._CHUNK}, 50_000"
     code = (
         f"from rcm.checkpoints import transfer, download; {settings}; download({server.url!r}, {str(out)!r}, {SHA!r})"
     )
@@ -232,7 +277,9 @@ def test_a_killed_process_goes_on(server: Server, tmp_path: Path, monkeypatch: p
     assert out.read_bytes() == CONTENT and names(tmp_path) == ["x.pth", "x.pth.download.json"]
 
 
-@pytest.mark.parametrize("left", ["a torn journal", "another file", "another version", "damage", "no partial file"])
+@pytest.mark.parametrize(
+    "left", ["a torn journal", "a damaged journal", "another file", "another version", "damage", "no partial file"]
+)
 def test_whatever_was_left_behind(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: str) -> None:
     out, partial, journal = (tmp_path / name for name in ("x.pth", ".x.pth.download", ".x.pth.download.parts"))
     with monkeypatch.context() as patch:
@@ -249,6 +296,8 @@ def test_whatever_was_left_behind(server: Server, tmp_path: Path, monkeypatch: p
             with pytest.raises(UserError):
                 download(server.url, out, SHA)
             server.cut = len(CONTENT)
+    elif left == "a damaged journal":
+        journal.write_bytes(journal.read_bytes() + b"0 90 400\n\0\0\n")
     elif left == "another file":
         partial.write_bytes(b"something")
         journal.write_bytes(b"else")
@@ -263,11 +312,73 @@ def test_whatever_was_left_behind(server: Server, tmp_path: Path, monkeypatch: p
     assert out.read_bytes() == CONTENT and names(tmp_path) == ["x.pth", "x.pth.download.json"]
 
 
+def test_the_journal_never_says_more_than_is_on_the_disk(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each line comes after an fsync of the file, which was given all its bytes by then."""
+    monkeypatch.setattr(transfer, "_NOTED", 100_000)
+    monkeypatch.setattr(transfer, "_CHUNK", 50_000)
+    monkeypatch.setattr(transfer, "THREADS", 1)
+    partial, synced, noted = tmp_path / "x", set[tuple[int, int]](), list[tuple[int, int]]()
+    fsync, note = os.fsync, transfer._Transfer._note
+
+    def sync(descriptor: int) -> None:
+        content = partial.read_bytes()
+        synced.update(
+            (part, count - start)
+            for part, (start, stop) in enumerate(PARTS)
+            for count in range(start, stop + 1, 50_000)
+            if content[start:count] == CONTENT[start:count]
+        )
+        fsync(descriptor)
+
+    def noting(self: transfer._Transfer, part: int, file: Any) -> int:
+        count = note(self, part, file)
+        assert (part, count) in synced
+        noted.append((part, count))
+        return count
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(transfer._Transfer, "_note", noting)
+    transfer.transfer(find(server.url).files[""], partial, lambda count: None)
+    lines = transfer.journal_of(partial).read_text().splitlines()[1:]
+    assert [tuple(map(int, line.split())) for line in lines] == noted and len(noted) >= 4 * 7
+
+
 def test_a_file_that_changes_while_it_is_fetched(server: Server, tmp_path: Path) -> None:
     remote = find(server.url).files[""]
     server.etag = '"2"'
     with pytest.raises(UserError, match="has changed while it was fetched"):
         transfer.transfer(remote, tmp_path / "x", lambda count: None)
+
+
+def test_signatures_are_neither_said_nor_recorded(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a new signature is no new source."""
+    out, signed = tmp_path / "x.pth", f"{server.url}?X-Amz-Signature=secret&part=1"
+    for status in (404, 503):
+        server.status = status
+        with pytest.raises(UserError, match=re.escape(server.url)) as caught:
+            download(signed, out)
+        assert "secret" not in str(caught.value)
+    with pytest.raises(UserError, match="is no address: write its blanks") as caught:
+        download(f"{server.url}?secret=1 2", out)
+    assert "secret" not in str(caught.value)
+    server.status = 200
+    download(signed, out)
+    assert manifest(out)["source"] == server.url and "secret" not in Path(f"{out}.download.json").read_text()
+    asked = len(server.requested)
+    download(f"{server.url}?X-Amz-Signature=another", out)
+    assert len(server.requested) == asked == 4
+    with pytest.raises(UserError, match=r"the address at 127\.0\.0\.1 holds a user or a password") as caught:
+        download(server.url.replace("//", "//me:secret@"), out)
+    assert "secret" not in str(caught.value)
+    out.unlink()
+    monkeypatch.setenv("RCM_OFFLINE", "1")
+    with pytest.raises(UserError, match="switched off") as caught:
+        download(signed, out)
+    assert "secret" not in str(caught.value)
 
 
 def test_wrong_content_never_appears(server: Server, tmp_path: Path) -> None:
@@ -302,6 +413,20 @@ def test_a_disk_without_room(server: Server, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     with pytest.raises(UserError, match=r"needs 0\.00 GB more at .*make room"):
         download(server.url, tmp_path / "x.pth", SHA)
+
+
+def test_a_folder_needs_room_for_all_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    for name in "ab":
+        (source / name).write_bytes(CONTENT)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 5_000_000}))
+    with pytest.raises(UserError, match=r"needs 0\.01 GB more at .*, where there are 0\.01 GB; make room"):
+        download(f"{source}/", out)
+    assert names(tmp_path) == ["source"]  # before the first byte
+    (tmp_path / ".out.download").mkdir()
+    (tmp_path / ".out.download" / "a").write_bytes(CONTENT)
+    download(f"{source}/", out)  # half of it was there
 
 
 def test_a_disk_that_fills_is_no_fault_of_the_network(

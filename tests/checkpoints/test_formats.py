@@ -290,6 +290,18 @@ def test_pth_with_other_objects(tmp_path: Path, content: Any) -> None:
         load_pth(tmp_path / "x.pth")
 
 
+@pytest.mark.parametrize("bomb", ["compressed", "large"])
+def test_pth_that_would_fill_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bomb: str) -> None:
+    """It is refused before its pickle is read."""
+    monkeypatch.setattr("zipfile.ZipFile.read", None)
+    kind = zipfile.ZIP_DEFLATED if bomb == "compressed" else zipfile.ZIP_STORED
+    with zipfile.ZipFile(tmp_path / "x.pth", "w", kind) as archive:
+        archive.writestr("archive/data.pkl", bytes(2**26 + 1))
+    said = "data.pkl is compressed" if bomb == "compressed" else "data.pkl has 67108865 bytes"
+    with pytest.raises(UserError, match=said):
+        load_pth(tmp_path / "x.pth")
+
+
 @pytest.mark.parametrize("change", ["offset", "shape", "stride"])
 def test_pth_whose_tensors_reach_beyond_their_records(tmp_path: Path, change: str) -> None:
     """A pickle that is intact but lies."""

@@ -1,6 +1,5 @@
 """Downloads from the Hugging Face Hub: its own client talks to a small Hub on this machine."""
 
-import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from .test_download import CONTENT, FLIPPED, SHA, manifest, names, serving
 
 COMMIT = "a" * 40
 SMALL = b'{"model_type": "t5"}'
+GIT = {SMALL: "d83c89006dd40c57abad393ea15cb4a18cdef566"}  # as `git hash-object` has it
 TOKEN = "hf_of_this_test"
 
 
@@ -41,7 +41,7 @@ class Hub(ThreadingHTTPServer):
 
     def entry(self, path: str) -> dict[str, Any]:
         content = self.files[path]
-        entry = {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+        entry = {"type": "file", "path": path, "size": len(content), "oid": GIT.get(content, "0" * 40)}
         if len(content) > 1000:
             entry["lfs"] = {"oid": SHA, "size": len(content), "pointerSize": 134}
         return entry
@@ -149,6 +149,9 @@ def test_the_hubs_record_is_compared(hub: Hub, tmp_path: Path) -> None:
     hub.files["big.safetensors"] = FLIPPED
     with pytest.raises(UserError, match=rf"hf://lab/model/big\.safetensors has SHA-256 .*expected {SHA}"):
         download("hf://lab/model/big.safetensors", tmp_path / "x")
+    hub.files["config.json"] = SMALL.replace(b"5", b"6")
+    with pytest.raises(UserError, match=r"config\.json is .* to git, expected 0000"):
+        download("hf://lab/model/config.json", tmp_path / "x")
     with pytest.raises(UserError, match="expected 0000"):  # the caller's own comes first
         download("hf://lab/model/big.safetensors", tmp_path / "x", "0" * 64)
     assert names(tmp_path) == []
@@ -217,7 +220,9 @@ def test_nobody_answers(hub: Hub, tmp_path: Path) -> None:
 def test_offline(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     out = tmp_path / "out"
-    with pytest.raises(UserError, match=rf"put the files of hf://lab/model/text/ into the folder {out} and run again"):
+    with pytest.raises(
+        UserError, match=rf"put the files of hf://lab/model/text/, .* into the folder {out} and run again"
+    ):
         download("hf://lab/model/text/", out)
     out.mkdir()
     (out / "tokenizer.json").write_bytes(SMALL)
@@ -225,14 +230,38 @@ def test_offline(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert hub.requested == [] and list(manifest(out)["files"]) == ["tokenizer.json"]
 
 
+def test_offline_a_folder_lacks_what_its_index_names(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RCM_OFFLINE", "1")
+    out, source = tmp_path / "out", "hf://lab/model@v1/unet/diffusion*"
+    with pytest.raises(UserError, match=rf"put the files of .*, which {hub.url}/lab/model/tree/v1/unet lists, into"):
+        download(source, out)
+    parts = [f"diffusion-{k}-of-3.safetensors" for k in (1, 2, 3)]
+    out.mkdir()
+    (out / "diffusion.safetensors.index.json").write_text(
+        json.dumps({"weight_map": dict(zip("abc", parts, strict=True))})
+    )
+    (out / parts[1]).touch()
+    with pytest.raises(
+        UserError, match=rf"lacks {parts[0]}, {parts[2]}, which diffusion\.safetensors\.index\.json names"
+    ):
+        download(source, out)
+    assert names(tmp_path) == ["out"]
+    for part in parts:
+        (out / part).touch()
+    download(source, out)
+
+
 def test_folder_that_was_put_there_by_hand(hub: Hub, tmp_path: Path) -> None:
-    """The Hub names the hashes of what is large: those are compared, and nothing is fetched."""
-    hub.files = {"text/w.bin": CONTENT}
+    """The Hub names SHA-256 of what is large and git's names of the rest: they are compared, and nothing is fetched."""
+    fetched = ("/storage/", f"/lab/model/resolve/{COMMIT}/text/tok")
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "w.bin").write_bytes(FLIPPED)
+    (tmp_path / "out" / "w.bin").write_bytes(CONTENT)
+    (tmp_path / "out" / "tokenizer.json").write_bytes(SMALL.replace(b"5", b"6"))
     with pytest.raises(UserError, match="out is there already and is not what hf://lab/model/text/ holds"):
         download("hf://lab/model/text/", tmp_path / "out")
-    (tmp_path / "out" / "w.bin").write_bytes(CONTENT)
+    (tmp_path / "out" / "tokenizer.json").write_bytes(SMALL)
+    with pytest.raises(UserError, match="out is there already"):  # another folder is meant
+        download("hf://lab/model/text/", tmp_path / "out", "0" * 64)
     download("hf://lab/model/text/", tmp_path / "out")
-    assert not [path for _, path, _, _ in hub.requested if path.startswith("/storage/")]
+    assert not [path for method, path, _, _ in hub.requested if method == "GET" and path.startswith(fetched)]
     assert manifest(tmp_path / "out")["revision"] == COMMIT

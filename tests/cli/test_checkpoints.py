@@ -40,6 +40,21 @@ def test_download_leaves_a_manifest_and_convert_trusts_no_other_file(
     assert "transformer.pth has changed since it was downloaded" in said and not (tmp_path / "again").exists()
 
 
+def test_download_records_no_signature(mini: Mini, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    out = tmp_path / "x.pth"
+    monkeypatch.setattr("rcm.checkpoints.download", lambda source, out, sha256: out.write_text(source))
+    run(
+        "download",
+        "checkpoints.transformer.source='http://host/x.pth?token=secret'",
+        "--name",
+        "transformer",
+        "--out",
+        out,
+    )
+    assert out.read_text() == "http://host/x.pth?token=secret"
+    assert json.loads(Path(f"{out}.prov.json").read_text())["config"]["source"] == "http://host/x.pth"
+
+
 def test_download_of_what_the_configuration_does_not_name(fail: Run, tmp_path: Path) -> None:
     said = fail("download", "--name", "vae", "--out", tmp_path / "x")
     assert "the configuration has no checkpoint 'vae'; expected one of transformer, codec" in said

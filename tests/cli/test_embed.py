@@ -1,13 +1,14 @@
 """The stage `embed`: which prompts, what it says, what it refuses, and that nothing is done twice."""
 
+import importlib
 import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from rcm.artefact import read_json
-from rcm.checkpoints import save_pth
+from rcm.artefact import read_json, sha256_file
+from rcm.checkpoints import download, save_pth
 from rcm.data.prompts import colors, to_jsonl
 from rcm.text import Embeddings, build, tokenizer
 
@@ -113,6 +114,22 @@ def test_nothing_is_done_twice_but_damage_and_changes_are_seen(
     assert again not in run(*stage, "teacher.negative_prompt=blur")
 
 
+def test_a_downloaded_encoder_is_verified_and_hashed_once(
+    prompts: Path, t5: list[object], run: Run, fail: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    hashed, downloading = list[str](), importlib.import_module("rcm.checkpoints.download")
+    t5[t5.index(tmp_path / "t5.pth")] = encoder = tmp_path / "downloaded.pth"
+    download(str(tmp_path / "t5.pth"), encoder)
+    monkeypatch.setattr(downloading, "sha256_file", lambda path: (hashed.append(Path(path).name), sha256_file(path))[1])
+    stage = ["embed", *t5, "--prompts", prompts, "--out", tmp_path / "text.safetensors"]
+    run(*stage)
+    assert hashed == ["downloaded.pth"]
+    provenance = read_json(tmp_path / "text.safetensors.prov.json")
+    assert sha256_file(encoder) in {item["sha256"] for item in provenance["inputs"]}
+    save_pth(encoder, tiny_encoder("t5", seed=1).state_dict())
+    assert "downloaded.pth has changed since it was downloaded" in fail(*stage)
+
+
 def test_mistakes(prompts: Path, t5: list[object], fail: Run, tmp_path: Path) -> None:
     out = ["--prompts", prompts, "--out", tmp_path / "text.safetensors"]
     assert "needs its weights and its tokenizer: add --encoder" in fail("embed", *T5, *out)
@@ -121,7 +138,7 @@ def test_mistakes(prompts: Path, t5: list[object], fail: Run, tmp_path: Path) ->
         "embed", *out, "--encoder", prompts
     )
     assert "4-of-3" in fail("embed", *out, "--part", "4-of-3")
-    assert "t5.pth does not fit the T5Encoder" in fail("embed", *t5, "text.layers=3", "text.tokens=20", *out)
+    assert "t5.pth does not fit the T5Encoder" in fail("embed", *t5, NEGATIVE, "text.layers=3", "text.tokens=20", *out)
     assert "it belongs to another model" in fail("embed", *t5, "text.vocabulary=32128", *out)
     (tmp_path / "tokenizer" / "tokenizer.json").write_text(json.dumps({}))
     assert "tokenizer.json is damaged" in fail("embed", *t5, *out)

@@ -4,6 +4,7 @@ import io
 import pickle
 import tarfile
 import tracemalloc
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -111,11 +112,33 @@ class Trap:
         return Path.touch, (self.path,)
 
 
+def compressed(content: bytes) -> bytes:
+    """The same archive, smaller."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    return buffer.getvalue()
+
+
+def test_what_would_fill_the_memory_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_tar(
+        tmp_path / "x.tar", members(0) | {"000000000.latent.pt": compressed(saved(torch.zeros(1, 1, 99, 99)))}
+    )
+    monkeypatch.setattr("torch.load", None)
+    with pytest.raises(UserError, match=r"latent\.pt of sample 000000000 .* is refused: .*\(ValueError\)"):
+        adopted([path], tmp_path / "new")
+
+
 @pytest.mark.parametrize(
     ("member", "content", "said"),
     [
         ("latent.pt", lambda trap: saved(Trap(trap)), "refused: it is damaged, or holds more than a tensor"),
-        ("latent.pt", lambda trap: pickle.dumps(Trap(trap), protocol=2), "refused: it is damaged, or holds more than a tensor"),
+        (
+            "latent.pt",
+            lambda trap: pickle.dumps(Trap(trap), protocol=2),
+            "refused: it is damaged, or holds more than a tensor",
+        ),
         ("latent.pt", lambda _: saved(tensors(1)[0])[:-100], "refused: it is damaged"),
         ("latent.pt", lambda _: b"", "refused: it is damaged"),
         ("embed.pt", lambda _: saved({"embed": torch.zeros(2, 3)}), "holds dict, where a dense tensor"),

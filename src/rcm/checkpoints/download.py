@@ -1,8 +1,13 @@
 """Checkpoints from elsewhere: a source in, verified files and a manifest out."""
 
+import fcntl
+import hashlib
 import os
+import shutil
 import sys
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +16,13 @@ from tqdm import tqdm
 
 from rcm.artefact import UserError, beside, content_sha256, read_json, reason, sha256_file, sha256_json, write_json
 from rcm.checkpoints import transfer
-from rcm.checkpoints.origins import Origin, find, is_folder, scheme_of
+from rcm.checkpoints.origins import Origin, find, is_folder, page_of, public, scheme_of
+from rcm.checkpoints.safe import INDEX, read_index
 from rcm.checkpoints.transfer import journal_of
 
 _MANIFEST = ".download.json"
 _PARTIAL = ".download"
+_LOCK = ".lock"
 _PACE = 20.0  # seconds
 
 
@@ -27,30 +34,64 @@ def download(source: str, out: Path | str, sha256: str | None = None) -> None:
             means the whole folder, except over HTTP; so does a pattern on the Hub, such as hf://OWNER/REPO/*.json.
         out: the file to make, or the folder.
         sha256: 64 hexadecimal digits, of the file, or of the folder as `rcm.artefact.sha256_folder` has it. Where there
-            is none, that of the Hub's record is compared, and otherwise what came first is recorded in the manifest.
+            is none, the hash in the Hub's record is compared; otherwise what came first is recorded in the manifest.
 
     Files come in parallel parts where the server has ranges. An interrupted transfer, also of a killed process, goes on
     where it stopped. Nothing unverified appears under `out`; what is there already, and right by the manifest or by
-    `sha256`, is left, and what has changed since its download is a UserError. With HF_HUB_OFFLINE=1 (for the Hub) or
+    `sha256`, is left, and what has changed since its download is a UserError. Of an HTTP address the query is neither
+    said nor recorded, and only another query (a new signature) is no other source. Where another process is at it, this
+    one waits. With HF_HUB_OFFLINE=1 (for the Hub) or
     RCM_OFFLINE=1 (for all but paths) nothing is fetched: a UserError says which files to put where, and these are
     accepted.
     """
     out, sha256 = Path(out), None if sha256 is None else sha256.lower()
     if sha256 is not None and (len(sha256) != 64 or not set(sha256) <= set("0123456789abcdef")):
         raise UserError(f"{sha256!r} is not a SHA-256: expected 64 hexadecimal digits")
+    address = public(source)
+    if _is_there(address, out, sha256):
+        return
+    if _offline(address):
+        _accept(address, out, sha256)
+        return
+    with _alone(out):
+        if _is_there(address, out, sha256):  # by now
+            return
+        if sha256 is not None and out.exists() and content_sha256(out) == sha256:
+            _record(address, out, None, _hashes(out, is_folder(address)))
+            return
+        origin = _found(source, out, sha256)
+        files = (_already(origin, out) if sha256 is None else None) or _fetch(origin, address, out, sha256)
+        _record(address, out, origin.revision, files)
+
+
+def _is_there(source: str, out: Path, sha256: str | None) -> bool:
+    """Whether this was downloaded before; a UserError if it has changed since."""
     manifest = _manifest(out)
-    if out.exists() and manifest is not None and manifest["source"] == source and sha256 in (None, manifest["sha256"]):
-        verify(out)
-        return
-    if _offline(source):
-        _accept(source, out, sha256, manifest)
-        return
-    if sha256 is not None and out.exists() and content_sha256(out) == sha256:
-        _record(source, out, None, _hashes(out, is_folder(source)))
-        return
-    origin = _found(source, out, sha256)
-    files = _already(origin, out) or _fetch(origin, source, out, sha256)
-    _record(source, out, origin.revision, files)
+    known = manifest is not None and manifest["source"] == source and sha256 in (None, manifest["sha256"])
+    return out.exists() and known and verify(out) is not None
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Lock what is downloaded to `out`, until it is there and recorded; wait for a process that has locked it."""
+    lock = out.with_name(f".{out.name}{_PARTIAL}{_LOCK}")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        with lock.open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"{out} is being downloaded by another process; waiting for it", file=sys.stderr)
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError:  # a file system without locks
+                pass
+            if not lock.exists() or not os.path.samestat(lock.stat(), os.fstat(file.fileno())):
+                continue  # who had it has removed it
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+            return
 
 
 def verify(path: Path | str, whole: bool = True) -> str | None:
@@ -125,13 +166,19 @@ def _offline(source: str) -> bool:
     return scheme not in ("", "file") and (on("RCM_OFFLINE") or (scheme == "hf" and on("HF_HUB_OFFLINE")))
 
 
-def _accept(source: str, out: Path, sha256: str | None, manifest: dict[str, Any] | None) -> None:
+def _accept(source: str, out: Path, sha256: str | None) -> None:
     """Take what was put at `out` by hand."""
     there = out.is_dir() and any(out.iterdir()) if is_folder(source) else out.is_file()
     if not there:
         raise UserError(
-            f"downloads are switched off (RCM_OFFLINE, HF_HUB_OFFLINE): {_wanted(source, out, sha256, manifest)}"
+            f"downloads are switched off (RCM_OFFLINE, HF_HUB_OFFLINE): {_wanted(source, out, sha256, _manifest(out))}"
         )
+    if is_folder(source):
+        for index in sorted(out.rglob(f"*{INDEX}")):
+            try:
+                read_index(index)
+            except UserError as error:
+                raise UserError(f"{error}; downloads are switched off: {_wanted(source, out, sha256)}") from error
     files = _hashes(out, is_folder(source))
     if sha256 not in (None, _identity(files)):
         raise UserError(f"{out} has SHA-256 {_identity(files)}, expected {sha256}; put {source} there")
@@ -146,7 +193,8 @@ def _wanted(source: str, out: Path, sha256: str | None, manifest: dict[str, Any]
         return f"put the files of {source} there: {', '.join(listed)}"
     known = f" with SHA-256 {sha256}" if sha256 else ""
     if is_folder(source):
-        return f"put the files of {source}{known} into the folder {out} and run again"
+        page = f", which {page_of(source)} lists," if scheme_of(source) == "hf" else ""
+        return f"put the files of {source}{known}{page} into the folder {out} and run again"
     return f"put the file {source}{known} at {out} and run again"
 
 
@@ -160,8 +208,9 @@ def _found(source: str, out: Path, sha256: str | None) -> Origin:
             return find(source)
         except transfer.PASSING as error:
             if attempt == transfer.TRIES_TO_FIND - 1:
+                address = public(source)
                 raise UserError(
-                    f"cannot reach {source} ({reason(error)}); without a network, {_wanted(source, out, sha256)}"
+                    f"cannot reach {address} ({reason(error)}); without a network, {_wanted(address, out, sha256)}"
                 ) from error
             time.sleep(transfer.DELAY * 2**attempt)
     raise AssertionError
@@ -171,10 +220,28 @@ def _already(origin: Origin, out: Path) -> Files | None:
     """The files at `out`, where they are what the origin says it has, by the hashes that it names."""
     places = {name: out / name if name else out for name in origin.files}
     for name, remote in origin.files.items():
-        if remote.sha256 is None or not places[name].is_file() or places[name].stat().st_size != remote.size:
+        if not remote.sha256 and not remote.blob:
+            return None
+        if not places[name].is_file() or places[name].stat().st_size != remote.size:
             return None
     files = {name: _hashed(file) for name, file in places.items()}
-    return files if all(files[name]["sha256"] == remote.sha256 for name, remote in origin.files.items()) else None
+    faults = (_fault(remote, remote.sha256, places[name], files[name]) for name, remote in origin.files.items())
+    return None if any(faults) else files
+
+
+def _fault(remote: transfer.Remote, sha256: str | None, file: Path, found: Mapping[str, Any]) -> str | None:
+    """What is wrong with the content of a file."""
+    if sha256 not in (None, found["sha256"]):
+        return f"has SHA-256 {found['sha256']}, expected {sha256}"
+    if remote.blob is not None and remote.blob != (actual := _blob(file)):
+        return f"is {actual} to git, expected {remote.blob}"
+    return None
+
+
+def _blob(file: Path) -> str:
+    """What git calls a file, which is small."""
+    content = file.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
 def _fetch(origin: Origin, source: str, out: Path, sha256: str | None) -> Files:
@@ -189,6 +256,7 @@ def _fetch(origin: Origin, source: str, out: Path, sha256: str | None) -> Files:
     staging = out.with_name(f".{out.name}{_PARTIAL}")
     places = {name: staging / name if folder else staging for name in origin.files}
     total = sum(remote.size or 0 for remote in origin.files.values()) or None
+    _check_space(source, out, (total or 0) - sum(_on_disk(place) for place in places.values()))
     pace = {} if sys.stderr.isatty() else {"delay": _PACE, "mininterval": _PACE}  # a line now and then in a log file
     with tqdm(total=total, unit="B", unit_scale=True, desc=out.name, **pace) as bar:
         fetch = _Fetch(bar, _wanted(source, out, sha256))
@@ -203,10 +271,24 @@ def _fetch(origin: Origin, source: str, out: Path, sha256: str | None) -> Files:
             journal_of(partial).unlink()
         if out.is_dir():
             out.rmdir()
+    beside(out, _MANIFEST).unlink(missing_ok=True)  # of what was there before
     staging.replace(out)
     if not folder:
         journal_of(staging).unlink()
     return files
+
+
+def _on_disk(partial: Path) -> int:
+    """Bytes that an unfinished file takes, which has holes."""
+    return min(partial.stat().st_size, partial.stat().st_blocks * 512) if partial.exists() else 0
+
+
+def _check_space(source: str, out: Path, needed: int) -> None:
+    if needed > (free := shutil.disk_usage(out.parent).free):
+        raise UserError(
+            f"{source} needs {needed / 1e9:.2f} GB more at {out.parent}, where there are {free / 1e9:.2f} GB; make "
+            "room or choose another place"
+        )
 
 
 @dataclass(frozen=True)
@@ -228,14 +310,11 @@ class _Fetch:
                 f"without a network, {self.wanted}"
             ) from error
         found = _hashed(partial)
-        if sha256 in (None, found["sha256"]):
+        if (fault := _fault(remote, sha256, partial, found)) is None:
             return found
         partial.unlink()
         journal_of(partial).unlink()
         if resumed:
             self.bar.update(before - self.bar.n)
             return self(remote, partial, sha256)
-        raise UserError(
-            f"{remote.address} has SHA-256 {found['sha256']}, expected {sha256}: it is damaged, or not the file that "
-            "was meant"
-        )
+        raise UserError(f"{remote.address} {fault}: it is damaged, or not the file that was meant")

@@ -1,6 +1,5 @@
 """Opening a checkpoint, whatever its format, and filling a built network from it."""
 
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,15 +29,15 @@ def open_state(path: Path | str, *, verified: bool = False) -> LazyState:
             file), or a DCP folder.
         verified: its SHA-256 was compared already.
 
-    DCP folders, exports of this project and what was downloaded are verified first, which reads them once; but a `.pth`
-    (since torch 1.6) has checksums of its own, which are compared as its tensors are read. A missing or damaged file is
-    a UserError.
+    DCP folders, exports of this project and what was downloaded are verified first, which reads them once more. The
+    checksums that a `.pth` brings along (since torch 1.6) are compared as its tensors are read, `verified` or not. A
+    missing or damaged file is a UserError.
     """
     path = Path(path)
     if not path.exists():
         raise UserError(f"checkpoint {path} does not exist; download or make it first")
     flat, header = path.is_file() and path.suffix != ".safetensors", dict[str, str]()
-    if not verified and not (path / MANIFEST).exists() and not (flat and zipfile.is_zipfile(path)):
+    if not verified and not (path / MANIFEST).exists():
         verify(path, whole=False)
     if (path / MANIFEST).exists():
         state = open_dcp(path)

@@ -8,6 +8,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from http.client import InvalidURL
 from pathlib import Path, PurePosixPath
 from types import ModuleType
 from typing import Any
@@ -16,6 +17,7 @@ from rcm.artefact import UserError, reason
 from rcm.checkpoints.transfer import Remote, Stream
 
 _TIMEOUT = 30  # seconds without a byte
+_WEB = "http", "https"
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,26 @@ def scheme_of(source: str) -> str:
 
 
 def is_folder(source: str) -> bool:
-    """Whether a source means several files: a trailing slash, or a pattern on the Hub."""
-    return source.endswith("/") or (scheme_of(source) == "hf" and "*" in source)
+    """Whether a source means several files: a trailing slash, except over HTTP, or a pattern on the Hub."""
+    scheme = scheme_of(source)
+    return (source.endswith("/") and scheme not in _WEB) or (scheme == "hf" and "*" in source)
+
+
+def public(source: str) -> str:
+    """A source as it may be said and recorded: an HTTP address without its query, which may be a signature."""
+    parts = urllib.parse.urlsplit(source)
+    if parts.scheme in _WEB and "@" in parts.netloc:
+        raise UserError(
+            f"the address at {parts.hostname} holds a user or a password, with which nothing is fetched; expected one "
+            "without, or with a signature as its query"
+        )
+    return source if parts.scheme not in _WEB else parts._replace(query="", fragment="").geturl()
+
+
+def page_of(source: str) -> str:
+    """Where people read which files a folder or pattern on the Hub holds."""
+    repo, revision, path = _on_the_hub(source)
+    return "/".join(filter(None, (_endpoint(), repo, "tree", revision or "main", _folder_of(path))))
 
 
 def _needed(module: str) -> ModuleType:
@@ -105,15 +125,17 @@ _AGAIN = (408, 429)  # statuses below 500 that pass
 
 
 def _http(url: str) -> Origin:
+    address = public(url)
+
     @contextmanager
     def read(start: int, stop: int | None) -> Iterator[Stream]:
         span = {"Range": f"bytes={start}-{'' if stop is None else stop - 1}"} if ranges else {}
-        with _get(url, url, span) as response:
+        with _get(url, address, span) as response:
             if span and (response.status != 206 or _version(response) != version):
-                raise UserError(f"{url} has changed while it was fetched; run again to fetch it anew")
+                raise UserError(f"{address} has changed while it was fetched; run again to fetch it anew")
             yield _Bounded(response, None if stop is None else stop - start)
 
-    with _get(url, url, {"Range": "bytes=0-0"}) as response:  # HEAD is refused where addresses are signed
+    with _get(url, address, {"Range": "bytes=0-0"}) as response:  # HEAD is refused where addresses are signed
         ranges, version = response.status == 206, _version(response)
         span, length = response.headers.get("Content-Range", ""), response.headers.get("Content-Length")
     if response.status == 416:
@@ -123,7 +145,7 @@ def _http(url: str) -> Origin:
     else:
         size = int(length) if length else None
     ranges = ranges and size is not None
-    return Origin({"": Remote(url, read, size, ranges, version)})
+    return Origin({"": Remote(address, read, size, ranges, version)})
 
 
 def _version(response: Any) -> str:
@@ -146,6 +168,8 @@ def _get(url: str, address: str, span: dict[str, str], headers: Mapping[str, str
         if error.code < 500 and error.code not in _AGAIN:
             raise UserError(f"cannot fetch {address}: the server says {error.code} {error.reason}") from error
         raise
+    except InvalidURL:  # its message says the query
+        raise UserError(f"{address} is no address: write its blanks and other characters as %20 and so on") from None
     with response:
         yield response
 
@@ -231,29 +255,42 @@ _S3_REASONS = {
 
 # --- The Hugging Face Hub --------------------------------------------------------------------------------------------
 
-_HUB = re.compile(r"hf://(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?/(?P<path>.*)")
+_HUB = re.compile(r"hf://([^/@]+/[^/@]+)(?:@([^/]+))?/(.*)")
 
 
-def _hub(source: str) -> Origin:
-    """Names, commit and hashes by the Hub's own client; its files by ranges of HTTP, which resume, as that does not."""
+def _on_the_hub(source: str) -> tuple[str, str | None, str]:
+    """Repository, revision and path."""
     match = _HUB.fullmatch(source)
     if match is None:
         raise UserError(
             f"{source!r} is no address on the Hub: expected hf://OWNER/REPO/PATH or hf://OWNER/REPO@REVISION/PATH"
         )
+    return match[1], match[2], match[3]
+
+
+def _endpoint() -> str:
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+
+
+def _folder_of(path: str) -> str:
+    return str(PurePosixPath(path.partition("*")[0] + "x").parent).removeprefix(".")
+
+
+def _hub(source: str) -> Origin:
+    """Names, commit and hashes by the Hub's own client; its files by ranges of HTTP, which resume, as that does not."""
+    repo, revision, path = _on_the_hub(source)
     _needed("huggingface_hub")
     from huggingface_hub import HfApi, RepoFile, get_hf_file_metadata, hf_hub_url
     from huggingface_hub.utils._headers import build_hf_headers
 
-    repo, revision, path = match["repo"], match["revision"], match["path"]
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    endpoint = _endpoint()
     api = HfApi(endpoint=endpoint)
     with _explained(source, repo, f"{endpoint}/{repo}"):
         commit = api.model_info(repo, revision=revision).sha
         if not is_folder(source):
             entries = dict(zip([""], api.get_paths_info(repo, [path], revision=commit), strict=False))
         else:
-            folder = str(PurePosixPath(path.partition("*")[0] + "x").parent).removeprefix(".")
+            folder = _folder_of(path)
             tree = api.list_repo_tree(repo, folder or None, recursive=True, revision=commit)
             entries = {str(PurePosixPath(entry.path).relative_to(folder or ".")): entry for entry in tree}
             if "*" in path:
@@ -279,8 +316,9 @@ def _hub(source: str) -> Origin:
                         raise UserError(f"{endpoint} does not send parts of {entry.path}; try again later")
                     yield _Bounded(response, None if stop is None else stop - start)
 
-        digest, large = (entry.lfs.sha256, True) if entry.lfs else (None, False)  # what is not large comes in one piece
-        return Remote(f"hf://{repo}/{entry.path}", read, entry.size, large, entry.blob_id, digest)
+        digest, blob = (entry.lfs.sha256, None) if entry.lfs else (None, entry.blob_id)
+        large = blob is None  # what is not comes in one piece
+        return Remote(f"hf://{repo}/{entry.path}", read, entry.size, large, entry.blob_id, digest, blob)
 
     return Origin({name: remote(name) for name in sorted(files)}, commit)
 

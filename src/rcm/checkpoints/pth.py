@@ -28,6 +28,7 @@ from rcm.checkpoints.lazy import LazyState, lazy
 
 _CHUNK = 2**24  # bytes read at once
 _MAGIC = 0x1950A86A20F9469CFC6C  # of the format before torch 1.6
+_INDEX_LIMIT = 2**26  # bytes of the pickle; that of a network of 1000 tensors has a tenth of a MB
 _ALIGNMENT = 64  # bytes; of the records, as torch.save aligns them
 _STORAGES = {  # data types younger than these have no class of storage
     "DoubleStorage": torch.float64,
@@ -105,7 +106,7 @@ _ADMITTED: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_parameter_with_state"): _Known(lambda entry, *_: entry),
     ("torch.storage", "UntypedStorage"): None,
     ("_io", "BytesIO"): io.BytesIO,  # TransformerEngine's `_extra_state`
-    ("_codecs", "encode"): _Known(lambda text, _: text.encode("latin1")),  # how the above holds its bytes
+    ("_codecs", "encode"): _Known(lambda text, _: b""),  # how the above holds its bytes, which nobody reads
 }
 
 
@@ -178,17 +179,19 @@ class _Archive:
     @classmethod
     def opened(cls, path: Path) -> tuple[Any, "_Archive"]:
         archive = zipfile.ZipFile(path)
+        for info in archive.infolist():  # before any is read: a little that is compressed may be more than the memory
+            if info.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{info.filename} is compressed")
         index = next(name for name in archive.namelist() if name.endswith("data.pkl"))
+        if (size := archive.getinfo(index).file_size) > _INDEX_LIMIT:
+            raise ValueError(f"its {index} has {size} bytes")
         folder = index.removesuffix("data.pkl")
         if f"{folder}byteorder" in archive.namelist() and archive.read(f"{folder}byteorder") != b"little":
             raise ValueError("its numbers are big-endian")
         return _Unpickler(io.BytesIO(archive.read(index))).load(), cls(archive, folder)
 
     def size(self, record: str) -> int:
-        info = self.archive.getinfo(f"{self.folder}data/{record}")
-        if info.compress_type != zipfile.ZIP_STORED:
-            raise ValueError(f"{info.filename} is compressed")
-        return info.file_size
+        return self.archive.getinfo(f"{self.folder}data/{record}").file_size
 
     def read(self, record: str, start: int, place: memoryview) -> None:
         """Fill `place` from a record; zipfile compares the checksum of what is read whole, as it is the first time."""

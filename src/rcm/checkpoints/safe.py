@@ -107,17 +107,23 @@ def open_folder(folder: Path) -> LazyState:
         )
     if not indices:
         return open_safetensors(files[0])[0]
-    try:
-        index = dict(json.loads(indices[0].read_text(encoding="utf-8"))["weight_map"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{indices[0]} is damaged ({error}); download it again") from error
-    parts = sorted({str(file) for file in index.values()})
-    if outside := [file for file in parts if Path(file).name != file]:
-        raise UserError(f"{indices[0]} names {some(outside)}, outside of its folder; expected names of files beside it")
-    if missing := [file for file in parts if not (folder / file).is_file()]:
-        raise UserError(f"{folder} lacks {some(missing)}, which {indices[0].name} names; download it again")
-    states = {file: open_safetensors(folder / file)[0] for file in parts}
+    index = read_index(indices[0])
+    states = {file: open_safetensors(folder / file)[0] for file in sorted(set(index.values()))}
     if lost := sorted(name for name, file in index.items() if name not in states[file]):
         raise UserError(f"{folder} lacks {some(lost)}, which {indices[0].name} names; download it again")
     described = {name: states[file].described[name] for name, file in index.items()}
     return LazyState(described, lambda name, out: states[index[name]].copy_to(name, out))
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """The file of each tensor, by an index; a UserError where it is damaged or not all files are beside it."""
+    try:
+        index = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}); download it again") from error
+    parts = sorted({str(file) for file in index.values()})
+    if outside := [file for file in parts if Path(file).name != file]:
+        raise UserError(f"{path} names {some(outside)}, outside of its folder; expected names of files beside it")
+    if missing := [file for file in parts if not (path.parent / file).is_file()]:
+        raise UserError(f"{path.parent} lacks {some(missing)}, which {path.name} names; download it again")
+    return index

@@ -5,14 +5,12 @@ A file that has changed at its origin since then begins again.
 """
 
 import errno
-import fcntl
 import json
 import os
-import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
@@ -26,6 +24,7 @@ TRIES = 5  # in a row without a byte
 TRIES_TO_FIND = 3
 DELAY = 1.0  # seconds before the second try, doubled before each further one
 _CHUNK = 2**20  # bytes
+_NOTED = 2**24  # bytes of a part between two lines of the journal, each of which waits for the disk
 PASSING = OSError, HTTPException  # what another try may mend, unless `lasting`
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ENOENT, errno.EACCES)
 
@@ -52,6 +51,7 @@ class Remote:
     ranges: bool = True  # whether `start` may be other than 0
     version: str = ""  # changes with the content
     sha256: str | None = None  # where the origin says it
+    blob: str | None = None  # likewise: what git calls the content, a SHA-1
 
 
 def transfer(remote: Remote, partial: Path, arrived: Callable[[int], Any]) -> bool:
@@ -59,16 +59,10 @@ def transfer(remote: Remote, partial: Path, arrived: Callable[[int], Any]) -> bo
 
     `arrived` is called with the number of bytes, also of the earlier transfer. Raises UserError, OSError or
     HTTPException where the file cannot be had. What has arrived is kept then; the journal is left in any case, for the
-    caller to remove once the file is verified.
+    caller to remove once the file is verified. That no other process does the same is the caller's to see to, too.
     """
     partial.parent.mkdir(parents=True, exist_ok=True)
     with journal_of(partial).open("a+b", buffering=0) as journal:
-        try:
-            fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{partial} is being fetched by another process; wait for it, or end it") from None
-        except OSError:  # a file system without locks
-            pass
         work = _Transfer(remote, partial, journal, arrived)
         resumed = work.resume()
         work.run()
@@ -101,28 +95,18 @@ class _Transfer:
         identity = json.dumps([self.remote.size, self.remote.version, PART]).encode()
         self.journal.seek(0)
         content = self.journal.read()
-        self.journal.truncate(content.rfind(b"\n") + 1)  # a last line without its end does not count
-        first, *lines = content.split(b"\n")[:-1] or [b""]
+        first, *lines = content.split(b"\n")[:-1] or [b""]  # a last line without its end does not count
         if first == identity and self.remote.ranges and self.partial.exists():
-            for line in lines:
-                part, done = map(int, line.split())
-                self.done[part] = done
-        else:
-            self.journal.truncate(0)
+            with suppress(ValueError):  # damaged
+                done = {int(part): int(count) for part, count in map(bytes.split, lines)}
+                self.done = [done.pop(part, 0) for part in range(len(self.parts))]
+        self.journal.truncate(content.rfind(b"\n") + 1 if any(self.done) else 0)
+        if not any(self.done):
             self.journal.write(identity + b"\n")
         with self.partial.open("r+b" if any(self.done) else "wb") as file:
             file.truncate(self.remote.size or 0)
-        self._check_space()
         self.arrived(sum(self.done))
         return any(self.done)
-
-    def _check_space(self) -> None:
-        needed, free = (self.remote.size or 0) - sum(self.done), shutil.disk_usage(self.partial.parent).free
-        if needed > free:
-            raise UserError(
-                f"{self.remote.address} needs {needed / 1e9:.2f} GB more at {self.partial.parent}, where there are "
-                f"{free / 1e9:.2f} GB; make room or choose another place"
-            )
 
     def run(self) -> None:
         with ThreadPoolExecutor(THREADS) as pool:
@@ -158,19 +142,32 @@ class _Transfer:
             self.done[part] = 0
         if stop is not None and start + self.done[part] >= stop:
             return
-        with self.remote.read(start + self.done[part], stop) as stream, self.partial.open("r+b", buffering=0) as file:
-            file.seek(start + self.done[part])
-            while chunk := stream.read(_CHUNK):
-                if self.stopped.is_set():
-                    return
-                if stop is not None and start + self.done[part] + len(chunk) > stop:
-                    raise UserError(
-                        f"{self.remote.address} sends more than the {stop} bytes that it promised; run again"
-                    )
-                file.write(chunk)
-                with self.lock:
-                    self.done[part] += len(chunk)
-                    self.journal.write(b"%d %d\n" % (part, self.done[part]))
-                    self.arrived(len(chunk))
+        noted = self.done[part]
+        with self.remote.read(start + noted, stop) as stream, self.partial.open("r+b") as file:
+            file.seek(start + noted)
+            try:
+                while chunk := stream.read(_CHUNK):
+                    if self.stopped.is_set():
+                        return
+                    if stop is not None and start + self.done[part] + len(chunk) > stop:
+                        raise UserError(
+                            f"{self.remote.address} sends more than the {stop} bytes that it promised; run again"
+                        )
+                    file.write(chunk)
+                    with self.lock:
+                        self.done[part] += len(chunk)
+                        self.arrived(len(chunk))
+                    if self.done[part] >= noted + _NOTED:
+                        noted = self._note(part, file)
+            finally:
+                self._note(part, file)
         if stop is not None and start + self.done[part] < stop:
             raise ConnectionError(f"the connection was lost after {start + self.done[part]} of {stop} bytes")
+
+    def _note(self, part: int, file: BinaryIO) -> int:
+        """Journal how much of a part has arrived, once it is on the disk; returns that."""
+        file.flush()
+        os.fsync(file.fileno())
+        with self.lock:
+            self.journal.write(b"%d %d\n" % (part, self.done[part]))
+        return self.done[part]

@@ -15,12 +15,14 @@ if TYPE_CHECKING:
 def download(arguments: Namespace) -> None:
     """Fetch and verify one of the checkpoints that the configuration names."""
     from rcm.checkpoints import download as fetch
+    from rcm.checkpoints.origins import public
 
     known = {name: entry for name, entry in compose(arguments.overrides)["checkpoints"].items() if entry}
     if arguments.name not in known:
         raise UserError(f"the configuration has no checkpoint {arguments.name!r}; expected one of {', '.join(known)}")
     wanted = known[arguments.name]
-    with recording(arguments.out, stage="download", config={"name": arguments.name, **wanted}):
+    told = {"name": arguments.name, **wanted, "source": public(wanted["source"])}
+    with recording(arguments.out, stage="download", config=told):
         fetch(wanted["source"], arguments.out, wanted["sha256"])
 
 

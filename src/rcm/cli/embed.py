@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import rcm.text
-from rcm.artefact import UserError, content_sha256, recording
-from rcm.checkpoints import load_weights
+from rcm.artefact import UserError, recording
+from rcm.checkpoints import load_weights, verify
 from rcm.cli.config import compose
 from rcm.cli.models import device_of
 from rcm.cli.progress import Progress
@@ -28,7 +28,7 @@ def embed(arguments: Namespace) -> None:
     settings = config["text"]
     precision = "float32" if settings["kind"] == "words" else config["inference"]["precision"]
     given = (arguments.prompts, arguments.encoder, arguments.tokenizer)
-    hashes = {path: content_sha256(path) for path in given if path is not None}
+    hashes = {path: verify(path) or "" for path in given if path is not None}
     identity = {
         "text": settings,
         "precision": precision,
@@ -47,7 +47,8 @@ def embed(arguments: Namespace) -> None:
         _say_cut([prompts[number] for number in cut], encoder.tokens)
         if isinstance(encoder, T5Encoder):
             encoder.to(getattr(torch, precision))
-            load_weights(encoder, arguments.encoder, device=device_of(config["inference"]["device"]))
+            device = device_of(config["inference"]["device"])
+            load_weights(encoder, arguments.encoder, device=device, verified=True)
         rows = _encoded(encoder, prompts, getattr(torch, precision))
         Embeddings.write(arguments.out, prompts, rows, tokens=encoder.tokens, encoder=identity, cut=cut)
 
