@@ -5,7 +5,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from rcm.cli.models import home
 from rcm.conditioning import Experts, first_frame_condition
+from rcm.networks import Conditioned
 
 
 class DiffusersCodec:
@@ -52,7 +54,15 @@ class Constant(nn.Module):
         super().__init__()
         self.value = nn.Parameter(torch.tensor(value))
 
-    def forward(self, latents: Tensor, time: Tensor, text: Tensor, condition: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        latents: Tensor,
+        time: Tensor,
+        text: Tensor,
+        second: None = None,
+        condition: Tensor | None = None,
+        *_: None,
+    ) -> Tensor:
         return latents * 0 + self.value + (0 if condition is None else condition)
 
 
@@ -64,6 +74,29 @@ def test_the_expert_follows_from_the_time() -> None:
     assert experts(x, torch.zeros(2, 1), text, condition=torch.ones_like(x)).unique().item() == 2
     with pytest.raises(ValueError, match=r"both sides of the boundary 0\.9"):
         experts(x, torch.tensor([[950.0], [850.0]]), text)
+
+
+def test_an_expert_waits_on_the_cpu_for_its_turn() -> None:
+    """The meta device stands for a GPU; what samples through a pair computes there, whichever expert is there."""
+    moves: list[tuple[int, str]] = []
+
+    class Spy(Constant):
+        def to(self, device: torch.device | str) -> nn.Module:  # type: ignore[override]
+            moves.append((int(self.number), str(device)))
+            self.value = nn.Parameter(torch.empty((), device=device))
+            return self
+
+    high, low = Spy(2.0), Spy(1.0)
+    high.number, low.number = 2, 1
+    high.to("meta")
+    condition = torch.zeros(1, 1, 1, 1, 1, device="meta")
+    pair = Conditioned(Experts(high, low, boundary=0.9), condition_BCTHW=condition)
+    x, text = torch.zeros(1, 1, 1, 1, 1, device="meta"), torch.zeros(1, 1, 1)
+    moves.clear()
+    for time in (990.0, 910.0, 890.0, 10.0, 990.0):
+        assert home(pair).type == "meta"
+        pair(x, torch.tensor([[time]]), text)
+    assert moves == [(2, "cpu"), (1, "meta"), (1, "cpu"), (2, "meta")]
 
 
 def test_a_wrapped_pair_samples_as_the_original_switches() -> None:

@@ -29,7 +29,7 @@ class Experts(nn.Module):
     """Two networks as one: `high` at rectified-flow times from `boundary` on, `low` below (Wan2.2 A14B).
 
     Samples of one call share a side of the boundary, for each step of a sampler belongs to one expert; otherwise a
-    ValueError.
+    ValueError. One of them may wait on the CPU, where there is no room for both: they change places when its turn is.
     """
 
     def __init__(self, high: nn.Module, low: nn.Module, boundary: float):
@@ -41,4 +41,8 @@ class Experts(nn.Module):
         noisy = time_BP >= self.boundary * self.time_scale
         if noisy.any() != noisy.all():
             raise ValueError(f"times on both sides of the boundary {self.boundary} in one call")
-        return (self.high if noisy.all() else self.low)(latents_BCTHW, time_BP, *inputs, **conditions)
+        wanted, other = (self.high, self.low) if noisy.all() else (self.low, self.high)
+        if next(wanted.parameters()).device != latents_BCTHW.device:
+            other.to("cpu")
+            wanted.to(latents_BCTHW.device)
+        return wanted(latents_BCTHW, time_BP, *inputs, **conditions)

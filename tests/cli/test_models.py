@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import imageio_ffmpeg
@@ -485,6 +486,26 @@ def test_wan22_switches_its_experts_at_the_boundary(
             [noise((0, 0), 5, 0, step) for step in range(4)],
         )
         close(np.load(out), pixels(models.codec, expected))
+
+
+@pytest.mark.parametrize(("free", "where"), [(6.1, "cuda"), (5.9, "cpu")])
+def test_the_second_expert_waits_where_there_is_no_room(
+    free: float, where: str, models: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Room is that for its own weights and half as much, of 4 bytes each here."""
+    network, places = nn.Linear(1, 1, bias=False), []
+    network.time_scale = 1000.0
+    monkeypatch.setattr(generate, "network", lambda *_, device, precision: (places.append(device), network)[1])
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 80e9))
+    order = SimpleNamespace(
+        image=None,
+        files=dict.fromkeys(("checkpoint", "second"), Path("x.pth")),
+        settings={"network": {}, "boundary": 0.9},
+        placed={"device": "cuda", "precision": "bfloat16"},
+    )
+    generate.opened(order, None)
+    assert places == ["cuda", where]
 
 
 def test_the_image_decides_the_aspect_ratio(models: World, run: Run, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def test_a_shape_that_moves_slides_and_another_that_appears_fades(codec):
     assert np.allclose(np.diff(faded), (faded[-1] - faded[0]) / 4, atol=1.5)
 
 
-def test_a_video_comes_to_the_device_of_the_codec(codec):
+def test_a_video_comes_to_the_device_of_the_codec():
     with torch.device("meta"):
         there = CellCodec(channels=24, cell=16, stride=4)
     assert there.encode(torch.zeros(1, 3, 5, 48, 48)).device.type == "meta"

@@ -188,9 +188,18 @@ def opened(order: Order, encoder: Any) -> nn.Module:
             del vision
     built = network(order.settings["network"], order.files["checkpoint"], **order.placed)
     if "second" in order.files:
-        second = network(order.settings["network"], order.files["second"], **order.placed)
+        placed = {**order.placed, "device": "cpu"} if waits(built, order.placed["device"]) else order.placed
+        second = network(order.settings["network"], order.files["second"], **placed)
         built = Experts(built, second, order.settings["boundary"])
     return Conditioned(built, **conditions) if conditions else built
+
+
+def waits(expert: nn.Module, device: str) -> bool:
+    """Whether there is no room for another expert beside one on a GPU, and half as much for what is computed."""
+    if device != "cuda":
+        return False
+    torch.cuda.empty_cache()  # of the encoders before
+    return torch.cuda.mem_get_info()[0] < 1.5 * sum(parameter.nbytes for parameter in expert.parameters())
 
 
 def drawing(order: Order, built: nn.Module, texts: Encoded) -> Draw:

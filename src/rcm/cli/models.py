@@ -6,6 +6,7 @@ follows from seed and job alone, so that it is the same for every model, whateve
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,11 @@ def filled(bare: nn.Module, path: Path, *, device: str, precision: str) -> Any:
     return bare.eval().requires_grad_(False)
 
 
+def home(network: nn.Module) -> torch.device:
+    """Where a network computes; that of its conditions, if any, for one of two experts may wait elsewhere."""
+    return next(chain(network.buffers(), network.parameters())).device
+
+
 @dataclass(frozen=True)
 class Teacher:
     """A rectified-flow teacher, sampled with guidance as `sampler` says, a section `teacher` or `synthesis`."""
@@ -119,7 +125,7 @@ class Teacher:
     ) -> Tensor:
         """Latents (B, C, T, H, W) of the jobs, on the network's device."""
         words = ("sampler", "steps", "shift", "sigma_max")
-        device = next(self.network.parameters()).device
+        device = home(self.network)
         text = text_BLD.to(device)
         null_text = self.encoder.encode([self.sampler["negative_prompt"]]).to(device)
         velocity = Wrapped(self.network).rf_velocity
@@ -168,7 +174,7 @@ class Student:
     def sample(self, text_BLD: Tensor, jobs: Sequence[Job], *, steps: int, seed: int) -> Tensor:
         """Latents (B, C, T, H, W) of the jobs, on the network's device."""
         wrapped, shape = Wrapped(self.network), latent_shape(self.settings)
-        device = next(self.network.parameters()).device
+        device = home(self.network)
         text = text_BLD.to(device)
         noises = [noise_of(jobs, shape, seed=seed, step=k).to(device) for k in range(steps)]
         ode = self.settings["sampler"].get("ode", False)
