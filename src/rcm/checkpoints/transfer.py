@@ -1,6 +1,7 @@
 """Transfer of one file: in parallel parts, with several tries, going on where an earlier transfer stopped.
 
-A journal beside the partial file notes what has arrived of each part, so that a process that was killed loses nothing.
+A journal beside the partial file notes what of each part is on the disk, so that a process that was killed loses little
+(`_NOTED` of each part that was under way), and a machine that lost its power no more.
 A file that has changed at its origin since then begins again.
 """
 
