@@ -55,13 +55,7 @@ class Constant(nn.Module):
         self.value = nn.Parameter(torch.tensor(value))
 
     def forward(
-        self,
-        latents: Tensor,
-        time: Tensor,
-        text: Tensor,
-        second: None = None,
-        condition: Tensor | None = None,
-        *_: None,
+        self, latents: Tensor, time: Tensor, text: Tensor, *_: Tensor | None, condition: Tensor | None = None
     ) -> Tensor:
         return latents * 0 + self.value + (0 if condition is None else condition)
 

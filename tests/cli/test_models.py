@@ -28,9 +28,10 @@ import rcm.codecs
 import rcm.networks
 import rcm.text
 import rcm.vision
-from rcm.artefact import sha256_file
+from rcm.artefact import UserError, sha256_file
 from rcm.checkpoints import export_safetensors, save_dcp, save_pth
 from rcm.cli import generate, sizes
+from rcm.cli.config import compose
 from rcm.cli.orders import named
 from rcm.cli.parser import STAGES, parse
 from rcm.cli.progress import Progress
@@ -306,6 +307,12 @@ def test_a_student_without_fresh_noise(models: World, run: Run, tmp_path: Path) 
         close(np.load(out), pixels(models.codec, expected))
 
 
+def test_an_experiment_may_say_so() -> None:
+    assert compose(["+sampler.ode=true"])["sampler"]["ode"] is True
+    with pytest.raises(UserError, match=r"'sampler\.ode' is 3; allowed: true or false"):
+        compose(["+sampler.ode=3"])
+
+
 def test_several_samples_and_their_grid(models: World, run: Run, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a red circle\n\na circle\n")
     run("generate", "--model", "t2v", "--checkpoint", models.folder / "student.safetensors", "--steps", 1,
@@ -548,7 +555,7 @@ def test_the_image_decides_the_aspect_ratio(models: World, run: Run, tmp_path: P
         ("--boundary 0.5", "go together"),
         ("--second-checkpoint x.pth --boundary 1.5", "'1.5' is no number between 0 and 1"),
         ("--codec /", "'/' is neither a file nor a folder of one's own"),
-        ("--samples 65537", "--samples is 65537, but a prompt has noise for 65536 at most"),
+        ("--samples 65537", "65537 samples of a prompt asked for, but it has noise for 65536"),
         ("--teacher --ode", "--ode is for students"),
         ("--teacher --guidance 0", "1 is no guidance"),
         ("--teacher --guidance -1", "'-1' is no number of 0 or more"),

@@ -164,6 +164,7 @@ _KINDS = {
     "array": "a list",
     "object": "a section of keys",
     "null": "null",
+    "boolean": "true or false",
 }
 _BOUNDS = {
     "minimum": "of at least",

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import rcm.text
 from rcm.artefact import UserError, recording
-from rcm.checkpoints import load_weights, verify
+from rcm.checkpoints import verify
 from rcm.cli.config import compose
-from rcm.cli.models import device_of
+from rcm.cli.models import bare_text_encoder, filled, placed
 from rcm.cli.progress import Progress
 from rcm.data.prompt_files import read_prompt_file
 from rcm.data.shards import part_indices
@@ -46,9 +45,7 @@ def embed(arguments: Namespace) -> None:
         cut = encoder.cut(prompts)
         _say_cut([prompts[number] for number in cut], encoder.tokens)
         if isinstance(encoder, T5Encoder):
-            encoder.to(getattr(torch, precision))
-            device = device_of(config["inference"]["device"])
-            load_weights(encoder, arguments.encoder, device=device, verified=True)
+            filled(encoder, arguments.encoder, placed(config), verified=True)
         rows = _encoded(encoder, prompts, getattr(torch, precision))
         Embeddings.write(arguments.out, prompts, rows, tokens=encoder.tokens, encoder=identity, cut=cut)
 
@@ -78,11 +75,7 @@ def _built(settings: Mapping[str, Any], weights: Path | None, tokenizer: Path | 
         if (path is not None) != needed:
             what = "needs its weights and its tokenizer: add" if needed else "has neither weights nor tokenizer: omit"
             raise UserError(f"the text encoder {settings['kind']} {what} {option}")
-    with torch.device("meta"):
-        encoder = rcm.text.build(settings)
-    if isinstance(encoder, T5Encoder) and tokenizer is not None:
-        encoder.tokenizer = rcm.text.tokenizer(tokenizer)
-    return encoder
+    return bare_text_encoder(settings, tokenizer)
 
 
 def _say_cut(prompts: Sequence[str], tokens: int) -> None:

@@ -26,7 +26,7 @@ import rcm.text
 import rcm.vision
 from rcm.artefact import atomic_file, beside, content_sha256, read_json
 from rcm.cli.images import fitted, whole
-from rcm.cli.models import Job, Student, Teacher, bare_text_encoder, codec, device_of, filled, network
+from rcm.cli.models import Job, Student, Teacher, bare_text_encoder, codec, device_of, filled, jobs_of, network
 from rcm.cli.orders import Order, ordered
 from rcm.cli.pictures import check_suffix, enlarged, frame_rate, grid, make_room, write
 from rcm.cli.progress import Progress
@@ -58,12 +58,12 @@ def generate(arguments: Namespace) -> None:
     """
     suffix = check_suffix(arguments.out)
     order = ordered(arguments)
+    jobs = jobs_of("1-of-1", len(order.prompts), order.samples)
     make_room(arguments.out)
     texts = encoded(order)
     decoder = codec(order.settings["codec"], order.files["codec"], device=order.placed["device"])
     draw = drawing(order, opened(order, decoder), texts)
 
-    jobs = [(prompt, sample) for prompt in range(len(order.prompts)) for sample in range(order.samples)]
     facts, rate, factor = described(order), frame_rate(order.settings["codec"]), 1 if suffix == ".npy" else zoom(order)
     in_grid = 1 < len(jobs) <= _GRID // (3 * math.prod(order.size) * order.settings["frames"] * factor**2)
     kept: list[np.ndarray] = []  # the samples of the grid
@@ -136,7 +136,7 @@ def text_encoder(order: Order) -> Any:
     if "text" not in order.files:
         return rcm.text.build(order.settings["text"])
     encoder = bare_text_encoder(order.settings["text"], order.files["tokenizer"])
-    return filled(encoder, order.files["text"], **order.placed)
+    return filled(encoder, order.files["text"], order.placed)
 
 
 def remarks(order: Order) -> list[str]:
@@ -183,7 +183,7 @@ def opened(order: Order, encoder: Any) -> nn.Module:
         if "vision" in order.files:
             with torch.device("meta"):
                 vision = rcm.vision.build(order.settings.get("vision", "clip-vit-huge-14"))
-            vision = filled(vision, order.files["vision"], **order.placed)
+            vision = filled(vision, order.files["vision"], order.placed)
             conditions["image_BLD"] = vision.encode(whole(order.image).to(device))
             del vision
     built = network(order.settings["network"], order.files["checkpoint"], **order.placed)

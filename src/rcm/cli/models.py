@@ -30,7 +30,9 @@ SAMPLES_PER_PROMPT = 2**16  # at most: sample s of prompt p has the index p * 2*
 
 
 def jobs_of(part: str, prompts: int, samples: int) -> list[Job]:
-    """The jobs of part K-of-N: every N-th prompt, all of its samples."""
+    """The jobs of part K-of-N: every N-th prompt, all of its samples. UserError where these are too many."""
+    if samples > SAMPLES_PER_PROMPT:
+        raise UserError(f"{samples} samples of a prompt asked for, but it has noise for {SAMPLES_PER_PROMPT}")
     return [(prompt, sample) for prompt in part_indices(part, prompts) for sample in range(samples)]
 
 
@@ -99,9 +101,10 @@ def bare_text_encoder(settings: Mapping[str, Any], tokenizer: Path | None) -> An
     return encoder
 
 
-def filled(bare: nn.Module, path: Path, *, device: str, precision: str) -> Any:
-    """An encoder of the meta device with the weights of a checkpoint, for inference."""
-    load_weights(bare.to(getattr(torch, precision)), path, device=device_of(device))
+def filled(bare: nn.Module, path: Path, place: Mapping[str, str], *, verified: bool = False) -> Any:
+    """An encoder of the meta device with the weights of a checkpoint, for inference: see `placed`, `load_weights`."""
+    bare.to(getattr(torch, place["precision"]))
+    load_weights(bare, path, device=device_of(place["device"]), verified=verified)
     return bare.eval().requires_grad_(False)
 
 

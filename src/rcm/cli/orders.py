@@ -12,7 +12,7 @@ from PIL import Image
 from rcm.artefact import UserError
 from rcm.checkpoints import download, read_settings
 from rcm.cli import config, images, sizes
-from rcm.cli.models import EXPORTED, SAMPLES_PER_PROMPT, times_of
+from rcm.cli.models import EXPORTED, times_of
 from rcm.data.prompt_files import read_prompt_file
 from rcm.sampling import teacher_sample
 from rcm.tree import options, settings_of
@@ -63,8 +63,6 @@ def ordered(arguments: Namespace) -> Order:
 
 
 def _ordered(arguments: Namespace) -> Order:
-    if arguments.samples > SAMPLES_PER_PROMPT:
-        raise UserError(f"--samples is {arguments.samples}, but a prompt has noise for {SAMPLES_PER_PROMPT} at most")
     if arguments.prompts is None:
         prompts = [checked(arguments.prompt)]
     else:
