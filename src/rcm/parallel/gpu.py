@@ -26,8 +26,8 @@ def own_gpu() -> int:
     if "LOCAL_RANK" in os.environ:
         if (rank := int(os.environ["LOCAL_RANK"])) >= count:
             raise UserError(
-                f"process {rank} of this machine, counted from 0, has no GPU, there are {count}: start as many processes a "
-                "machine, on more machines with `python -m rcm.launch --nnodes ...`"
+                f"process {rank} of this machine, counted from 0, has no GPU, there are {count}: start as many "
+                "processes a machine, on more machines with `python -m rcm.launch --nnodes ...`"
             )
         return rank
     folder = Path(tempfile.gettempdir(), f"rcm-gpus-{os.getuid()}")
