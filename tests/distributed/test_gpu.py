@@ -36,5 +36,5 @@ def test_ranks_have_the_gpu_of_their_number(two: None, monkeypatch: pytest.Monke
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert taken() == 1
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(UserError, match=r"process 2 of this machine .* there are 2: start as many .* --nnodes"):
+    with pytest.raises(UserError, match=r"process 2 of this machine, .* there are 2: start as many .* --nnodes"):
         taken()
