@@ -246,7 +246,7 @@ def test_samples_in_folders_of_other_names_have_no_speed(tree: Path, tmp_path: P
 
 def test_the_configuration_is_of_both_media_and_all_methods() -> None:
     scores = [{"model": model} for model in ("teacher", "dmd-0", "rcm-0", "oracle")]
-    built, images, clips = _configuration(["experiment=tiny-images", "teacher.steps=7"], scores).values()
+    built, images, clips = _configuration("tiny", ["teacher.steps=7"], scores).values()
     assert built["scale"] == "tiny"
     assert (images["frames"], images["teacher"]["steps"]) == (1, 7)
     assert [objective["name"] for objective in images["objectives"].values()] == ["dmd", "rcm"]
