@@ -85,7 +85,7 @@ SCALES = {  # scale: students, further downloads
 }
 
 
-QUICK = ("wan2.1-1.3b", "cosmos-predict2-14b")
+QUICK = ("wan2.1-1.3b",)
 
 
 @pytest.mark.parametrize("scale", [pytest.param(s, marks=[] if s in QUICK else pytest.mark.slow) for s in SCALES])
