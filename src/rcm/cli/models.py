@@ -72,7 +72,7 @@ def network(settings: Mapping[str, Any], path: Path, *, device: str = "cpu", pre
         built.bfloat16()
         for name in built.precise:
             built.get_submodule(name).float()
-    load_weights(built.to_empty(device=device_of(device)), path)
+    load_weights(built, path, device=device_of(device))
     return built.eval().requires_grad_(False)
 
 
