@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import re
 import shlex
 import sys
 from functools import cache

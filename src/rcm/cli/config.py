@@ -60,6 +60,9 @@ def stored(scale: str, media: str, name: str, source: str) -> str:
     return f"{folder}/{name}{'' if several(source) else Path(source).suffix}"
 
 
+OmegaConf.register_new_resolver("times", lambda a, b: a * b, replace=True)  # ${times:10,${...}} in a configuration
+
+
 def _hydra() -> Any:
     GlobalHydra.instance().clear()  # a caller that composes twice, or an application that uses Hydra itself
     return initialize_config_dir(config_dir=str(config_dir()), version_base="1.3")
