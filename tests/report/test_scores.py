@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rcm.report.scores import Run, compare, difference, in_order, number, ratio, run_of
+from rcm.report.scores import Run, compare, difference, headline, in_order, number, ratio, run_of
 
 
 def with_values(values: Any, *, tags: list[str] | None = None, key: str = "shapeeval.overall") -> dict[str, Any]:
@@ -29,6 +29,27 @@ def test_teacher_stands_first_and_controls_last() -> None:
         *[("teacher", 20), ("scm-0", 2), ("dmd-0", 1), ("dmd2-0", 4), ("rcm-0", 1), ("rcm-0", 4)],
         *[("oracle", 0), ("shuffled", 0)],
     ]
+
+
+def test_variants_are_methods_of_their_own() -> None:
+    run = run_of("rcm-lambda-0.1-2", 4)
+    assert (run.method, run.seed, run.label) == ("rcm-lambda-0.1", 2, "rCM, 0.1 λ")
+    assert [run_of(f"{name}-0", 4).label for name in ("rcm-fixed-rollout", "dmd-random-rollout")] == [
+        *("rCM, fixed times", "DMD, random times")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("keys", "found"),
+    [
+        (["diversity.vendi", "shapeeval.counting", "shapeeval.overall"], "shapeeval.overall"),
+        (["geneval.colors", "geneval.overall"], "geneval.overall"),
+        (["vbench.quality", "vbench.total"], "vbench.total"),
+        (["vbench_native.temporal_flickering", "diversity.clip_distance"], None),
+    ],
+)
+def test_headline_is_the_overall_score_of_whatever_was_measured(keys: list[str], found: str | None) -> None:
+    assert headline({"metrics": dict.fromkeys(keys)}) == found
 
 
 def test_difference_has_the_standard_error_of_paired_means() -> None:

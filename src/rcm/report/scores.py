@@ -17,9 +17,15 @@ METHODS = {
     "dcm": "dCM",
     "meanflow": "MeanFlow",
     "dmd": "DMD",
+    "dmd-random-rollout": "DMD, random times",
     "dmd2": "DMD2",
+    "rcm-lambda-0.1": "rCM, 0.1 λ",
     "rcm": "rCM",
+    "rcm-lambda-10": "rCM, 10 λ",
+    "rcm-lambda-100": "rCM, 100 λ",
+    "rcm-fixed-rollout": "rCM, fixed times",
 }
+HEADLINES = ("geneval.overall", "vbench.total", "shapeeval.overall")
 CONTROLS = {"oracle": "Ground truth", "codec": "Ground truth, codec", "shuffled": "Another prompt"}
 LABELS = {
     "single_object": "Single",
@@ -65,6 +71,11 @@ def in_order(scores: Iterable[Score]) -> list[tuple[Run, Score]]:
     """Scores with their runs in the order of tables."""
     runs = [(run_of(str(score["model"]), int(score["steps"])), score) for score in scores]
     return sorted(runs, key=lambda pair: pair[0].order)
+
+
+def headline(score: Score) -> str | None:
+    """The metric that sums up a score; None for a score of parts alone, such as VBench's native dimensions."""
+    return next((key for key in HEADLINES if key in score["metrics"]), None)
 
 
 def label(key: str) -> str:
