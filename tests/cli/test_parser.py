@@ -37,6 +37,9 @@ def test_a_prompt_may_be_any_text(prompt: str) -> None:
         ("generate", ["--prompt", "x", "--out", "x.png", "--seed", "-1"], "'-1' is no whole number"),
         ("generate", ["--prompt", "x", "--out", "x.png", "steps=4"], "unrecognized arguments: steps=4"),
         ("synthesize", ["--teacher", "t", "--prompts", "p", "--out", "o", "--shard", "5-of-4"], "'5-of-4' is no part"),
+        ("measure", ["--samples", "s", "--out", "o", "--weights", "clip=x"], "with a NAME of detector, clip_large"),
+        ("measure", ["--samples", "s", "--out", "o", "--weights", "dino"], "'dino' is no NAME=PATH"),
+        ("measure", ["--samples", "s", "--out", "o", "--weights", "dino=x", "dino=y"], "dino stands there twice"),
     ],
 )
 def test_mistakes_are_one_sentence(stage: str, arguments: list[str], said: str) -> None:
@@ -53,6 +56,14 @@ def test_a_sample_is_of_a_checkpoint_or_a_control() -> None:
     with pytest.raises(UserError, match="not allowed with argument"):
         parse("sample", [*rest, "--checkpoint", "x", "--control", "oracle"])
     assert parse("sample", [*rest, "--control", "oracle"]).checkpoint is None
+
+
+def test_weights_are_named() -> None:
+    rest = ["experiment=mini", "--samples", "a", "b", "--out", "o.jsonl"]
+    given = parse("measure", [*rest, "--weights", "dino=some=place", "vgg=x.pth"])
+    assert given.weights == {"dino": Path("some=place"), "vgg": Path("x.pth")}
+    assert (given.samples, given.overrides) == ([Path("a"), Path("b")], ["experiment=mini"])
+    assert parse("measure", rest).weights is None
 
 
 def test_messages_are_one_line_and_not_endless() -> None:

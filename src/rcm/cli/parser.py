@@ -117,9 +117,39 @@ def size(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r} is no size; expected something like 80GiB") from None
 
 
+WEIGHTS = ("detector", "clip_large", "clip_base", "dino", "dinov2", "aesthetic", "vgg")  # of what looks at samples
+
+
+def weights(text: str) -> tuple[str, Path]:
+    """One of WEIGHTS and where it is, of "NAME=PATH"."""
+    name, separator, path = text.partition("=")
+    if not (separator and path and name in WEIGHTS):
+        raise argparse.ArgumentTypeError(f"{text!r} is no NAME=PATH with a NAME of {', '.join(WEIGHTS)}")
+    return name, Path(path)
+
+
+class _Named(argparse.Action):
+    """Pairs of name and value as a dict; a name that stands twice is a mistake."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any) -> None:
+        found = dict(getattr(namespace, self.dest) or {})
+        for name, value in values:
+            if name in found:
+                parser.error(f"argument {self.option_strings[0]}: {name} stands there twice")
+            found[name] = value
+        setattr(namespace, self.dest, found)
+
+
 EXPERIMENT = "experiment=tiny-images|tiny-clips"
 DTYPE = Option(
     "--dtype", "data type of the weights written", str, False, "keep", choices=("keep", "float32", "bfloat16")
+)
+EVALUATORS = Option(
+    "--weights",
+    f"weights of what looks at the samples, NAME=PATH ...; the names are {', '.join(WEIGHTS)}",
+    weights,
+    required=False,
+    repeat=True,
 )
 
 STAGES: dict[str, Stage] = {
@@ -132,10 +162,16 @@ STAGES: dict[str, Stage] = {
                 "a prompt file in the place of drawn captions: .txt (one a line), .jsonl or .csv (`prompt`, `name`)",
                 required=False,
             ),
+            Option(
+                "--names",
+                "VBench: a file with the same prompts as samples are named by, where --source has longer ones",
+                required=False,
+            ),
+            Option("--info", "VBench: VBench_full_info.json, which dimension asks what of a prompt", required=False),
             Option("--out", "the prompts, FILE.jsonl"),
         ),
         "rcm prompts experiment=tiny-images suite=report --out data/tiny/images/prompts/report.jsonl",
-        overrides=f"{EXPERIMENT}  suite=train|dev|report|diversity",
+        overrides=f"{EXPERIMENT}  suite=train|dev|report|diversity|text",
     ),
     "download": Stage(
         "rcm.cli.checkpoints:download",
@@ -331,21 +367,87 @@ STAGES: dict[str, Stage] = {
         ),
         "rcm sample suite=report --checkpoint student/student.safetensors --codec data/tiny/checkpoints/codec.pth "
         "--prompts data/tiny/images/prompts/report.jsonl --steps 4 --part 1-of-2 --out samples/1-of-2",
-        overrides=f"{EXPERIMENT}  suite=report|diversity|dev",
+        overrides=f"{EXPERIMENT}  suite=report|diversity|text|dev",
         exclusive=("--checkpoint", "--control"),
+    ),
+    "measure": Stage(
+        "rcm.cli.measure:measure",
+        "Let an evaluator's models look at samples and store what they see; nothing is judged here.",
+        (
+            Option("--samples", "folders of samples, in GenEval's layout", repeat=True),
+            EVALUATORS,
+            Option("--out", "a line a sample, or a prompt, FILE.jsonl"),
+        ),
+        "rcm measure experiment=cosmos-predict2-2b-images suite=report --samples samples/report/1-of-8 "
+        "--weights detector=checkpoints/detector clip_large=checkpoints/clip_large --out measured/report/1-of-8.jsonl",
+        overrides="experiment=NAME  suite=report|diversity|text  evaluation.scorer=NAME  inference.device=cpu|cuda",
+    ),
+    "arrange": Stage(
+        "rcm.cli.arrange:arrange",
+        "Lay samples out as an official evaluator wants them: GenEval's folders, VBench's files named by the prompt.",
+        (
+            Option("--samples", "folders of samples of the report suite", repeat=True),
+            Option("--out", "the folder of the evaluator: links to the samples, or copies"),
+        ),
+        "rcm arrange experiment=wan2.1-1.3b-clips --samples samples/report/1-of-2 samples/report/2-of-2 --out official",
+        overrides="experiment=NAME  evaluation.scorer=geneval-mmdet|vbench|vbench-long",
     ),
     "evaluate": Stage(
         "rcm.cli.score:evaluate",
-        "Score samples: ShapeEval, ShapeBench for clips, and diversity.",
+        "Score one model: ShapeEval and ShapeBench, GenEval, VBench or small text, and diversity, with intervals.",
         (
-            Option("--samples", "folders of samples of the report suite", repeat=True),
-            Option("--diversity", "folders of samples of the diversity suite", required=False, repeat=True),
+            Option(
+                "--samples",
+                "shapes: folders of samples of the report suite; geneval-mask2former: the same, to be measured first",
+                required=False,
+                repeat=True,
+            ),
+            Option(
+                "--measured", "what `rcm measure` stored of that suite, FILE.jsonl ...", required=False, repeat=True
+            ),
+            Option(
+                "--official",
+                "results of the official evaluator: GenEval's results.jsonl, VBench's eval_results.json",
+                required=False,
+            ),
+            Option(
+                "--diversity",
+                "of the diversity suite: folders of samples (shapes), or what `rcm measure` stored, FILE.jsonl ...",
+                required=False,
+                repeat=True,
+            ),
+            Option(
+                "--prompts", "the prompts of the suite, FILE.jsonl, by which missing samples are found", required=False
+            ),
+            EVALUATORS,
             Option("--out", "the scores, MODEL-STEPS.json such as rcm-0-4.json"),
             Option("--results", "one line a sample with the verdict and its reason, FILE.jsonl"),
         ),
         "rcm evaluate --samples samples/report/1-of-2 samples/report/2-of-2 --diversity samples/diversity/1-of-1 "
         "--out scores/rcm-0-4.json --results scores/rcm-0-4.results.jsonl",
-        overrides=EXPERIMENT,
+        overrides=f"{EXPERIMENT}  suite=report|text  evaluation.scorer=NAME  evaluation.allow_missing=true|false",
+        more=(
+            "rcm evaluate experiment=cosmos-predict2-2b-images --measured measured/report/*.jsonl "
+            "--prompts prompts/report.jsonl --out scores/rcm-0-4.json --results scores/rcm-0-4.results.jsonl",
+            "rcm evaluate experiment=cosmos-predict2-2b-images evaluation.scorer=geneval-mmdet --official seen.jsonl "
+            "--out scores/rcm-0-4.json --results scores/rcm-0-4.results.jsonl",
+        ),
+    ),
+    "throughput": Stage(
+        "rcm.cli.throughput:throughput",
+        "Time samples one by one, sampling and decoding: frames per second, as in table 2 of the paper.",
+        (
+            Option("--checkpoint", "a student (FILE.safetensors) or the teacher (DCP folder)"),
+            Option("--codec", "the codec, FILE.pth"),
+            Option("--prompts", "the prompts, FILE.jsonl"),
+            Option("--text", "the same, encoded by `rcm embed`, FILE.safetensors", required=False),
+            Option("--steps", "sampling steps, 1 or more", counted),
+            Option("--out", "the times, MODEL-STEPS.json such as rcm-0-4.json"),
+        ),
+        "rcm throughput experiment=tiny-clips --checkpoint student/student.safetensors "
+        "--codec data/tiny/checkpoints/codec.pth --prompts data/tiny/clips/prompts/report.jsonl --steps 4 "
+        "--out throughput/rcm-0-4.json",
+        overrides=f"{EXPERIMENT}  evaluation.throughput=N  inference.device=cpu|cuda|auto",
     ),
     "precision": Stage(
         "rcm.cli.precision:precision",
@@ -365,10 +467,11 @@ STAGES: dict[str, Stage] = {
         "rcm.cli.score:table",
         "Make a table from scores as CSV, Markdown and LaTeX; refuses when the controls fail.",
         (
-            Option("--name", "which table", str, choices=("table1", "table2")),
-            Option("--scores", "the scores of the models, FILE.json ...", repeat=True),
-            Option("--controls", "the scores of the controls, FILE.json ...", repeat=True),
-            Option("--published", "the paper's rows, FILE.csv"),
+            Option("--name", "which table", str, choices=("table1", "table2", "table3", "table_text")),
+            Option("--scores", "the scores of the models, FILE.json ...", required=False, repeat=True),
+            Option("--controls", "the scores of the controls, FILE.json ...", required=False, repeat=True),
+            Option("--throughput", "times of `rcm throughput`, FILE.json ...", required=False, repeat=True),
+            Option("--published", "the paper's rows, FILE.csv", required=False),
             Option("--out-dir", "folder of NAME.csv, NAME.md and NAME.tex"),
         ),
         "rcm table --name table1 --scores results/tiny/images/scores/{teacher-20,rcm-0-4}.json "
@@ -385,8 +488,8 @@ STAGES: dict[str, Stage] = {
                 "which figure",
                 str,
                 choices=(
-                    *("figure_samples", "figure_clips", "figure_quality_diversity", "figure_training"),
-                    "figure_precision",
+                    *("figure_samples", "figure_clips", "figure_quality_diversity", "figure_steps", "figure_training"),
+                    *("figure_precision", "figure_lambda", "figure_rollout"),
                 ),
             ),
             Option(
@@ -394,6 +497,7 @@ STAGES: dict[str, Stage] = {
                 "sample folders, or files of scores, metrics or rounding errors, as the figure needs",
                 repeat=True,
             ),
+            Option("--published", "figure_lambda: the paper's numbers, FILE.csv", required=False),
             Option("--out", "the figure, FILE.png"),
         ),
         "rcm figure --name figure_training --inputs data/tiny/images/rcm-0/metrics.jsonl --out figure_training.png",
@@ -617,6 +721,9 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see `{self.prog} --help`)")
 
 
+_METAVARS: dict[Callable[[str], Any], str] = {place: "PATH", weights: "NAME=PATH"}
+
+
 def build(name: str) -> argparse.ArgumentParser:
     """The parser of one stage."""
     stage = STAGES[name]
@@ -641,8 +748,9 @@ def build(name: str) -> argparse.ArgumentParser:
             default=option.default,
             choices=option.choices,
             nargs="+" if option.repeat else None,
-            metavar=None if option.choices else "PATH" if option.kind is place else option.name[2:].upper(),
+            metavar=None if option.choices else _METAVARS.get(option.kind, option.name[2:].upper()),
             help=option.help + (f" (default: {option.default})" if option.default is not None else ""),
+            action=_Named if option.kind is weights else "store",
         )
     if stage.overrides:
         parser.add_argument("overrides", nargs="*", metavar="key=value", help=f"configuration: {stage.overrides}")
