@@ -461,6 +461,41 @@ def test_the_first_download_is_recorded_and_later_changes_are_found(server: Serv
     assert out.read_bytes() == FLIPPED
 
 
+def test_the_first_digits_of_a_hash(server: Server, tmp_path: Path) -> None:
+    out, few = tmp_path / "x.pth", SHA[:8]
+    wrong = few[:7] + ("0" if few[7] != "0" else "1")
+    with pytest.raises(UserError, match=f"has SHA-256 {SHA}, expected {wrong}"):
+        download(server.url, out, wrong)
+    assert names(tmp_path) == []
+    download(server.url, out, few.upper())
+    assert manifest(out)["sha256"] == SHA
+    asked = len(server.requested)
+    for known in (few, SHA[:20], SHA, None):
+        download(server.url, out, known)
+    assert len(server.requested) == asked
+    (tmp_path / "x.pth.download.json").unlink()  # as if put there by hand
+    download(server.url, out, few)
+    assert len(server.requested) == asked and manifest(out)["sha256"] == SHA
+
+
+def test_of_the_first_digits_the_first_download_notes_the_rest(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another file may begin with the same eight; the names of the two stand in for such a pair."""
+    out, other = tmp_path / "x.pth", SHA[:8] + hashlib.sha256(FLIPPED).hexdigest()[8:]
+    download(server.url, out, SHA[:8])
+    out.unlink()
+    sha256_file = downloading.sha256_file
+    alike = lambda path: other if (found := sha256_file(path)) != SHA else found  # noqa: E731
+    monkeypatch.setattr(downloading, "sha256_file", alike)
+    server.content = FLIPPED
+    with pytest.raises(UserError, match=f"has SHA-256 {other}, expected {SHA}"):
+        download(server.url, out, SHA[:8])
+    assert names(tmp_path) == ["x.pth.download.json"]
+    download(server.url, tmp_path / "new.pth", SHA[:8])  # of which nothing is known
+    assert manifest(tmp_path / "new.pth")["sha256"] == other
+
+
 def test_verify_what_was_not_downloaded(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(CONTENT)
     assert verify(tmp_path / "x") == SHA and verify(tmp_path / "x", whole=False) is None
@@ -499,6 +534,15 @@ def test_offline(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(UserError, match=rf"{out} \(3000000 bytes, SHA-256 {SHA}\)"):  # known from the manifest
         download(server.url, out)
     download(str(Path(__file__)), tmp_path / "test.py")  # paths need no network
+    few = tmp_path / "few.pth"
+    with pytest.raises(UserError, match=rf"with SHA-256 {SHA[:8]}\.\.\. at {few}"):
+        download(server.url, few, SHA[:8])
+    few.write_bytes(FLIPPED)
+    with pytest.raises(UserError, match=f"expected {SHA[:8]};"):
+        download(server.url, few, SHA[:8])
+    few.write_bytes(CONTENT)
+    download(server.url, few, SHA[:8])
+    assert manifest(few)["sha256"] == SHA
 
 
 # --- Paths
@@ -533,9 +577,11 @@ def test_folders(tmp_path: Path) -> None:
     digest = sha256_folder(source)
     with pytest.raises(UserError, match="expected 0000"):
         download(f"{source}/", out, "0" * 64)
+    download(f"{source}/", tmp_path / "few", digest[:16])
+    assert manifest(tmp_path / "few")["sha256"] == digest
     download(f"{source}/", out, digest)
     assert sha256_folder(out) == digest == content_sha256(out) == manifest(out)["sha256"] == verify(out)
-    assert names(tmp_path) == ["out", "out.download.json", "source"]
+    assert names(tmp_path) == ["few", "few.download.json", "out", "out.download.json", "source"]
     (out / "deep" / "b").unlink()
     with pytest.raises(UserError, match=r"deep/b is missing since it was downloaded"):
         download(f"{source}/", out, digest)
@@ -552,7 +598,7 @@ def test_wrong_arguments(tmp_path: Path) -> None:
     for address in ("ftp://example.org/x.pth", "s3://bucket", "hf://owner/x"):
         with pytest.raises(UserError, match=address.partition(":")[0]):
             download(address, tmp_path / "x", SHA)
-    for wrong in ("", "abc", "z" * 64):
+    for wrong in ("", "abc", SHA[:7], SHA + "0", "z" * 64):
         with pytest.raises(UserError, match="64 hexadecimal digits"):
             download("x.pth", tmp_path / "x", wrong)
     assert names(tmp_path) == []

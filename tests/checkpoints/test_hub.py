@@ -12,6 +12,8 @@ import pytest
 
 from rcm.artefact import UserError
 from rcm.checkpoints import download, transfer, verify
+from rcm.checkpoints.origins import is_folder
+from rcm.cli.config import config_dir, several
 
 from .test_download import CONTENT, FLIPPED, SHA, manifest, names, serving
 
@@ -164,6 +166,12 @@ def test_the_hubs_record_is_compared(hub: Hub, tmp_path: Path) -> None:
         ("text/", ["tokenizer.json", "w.bin"]),
         ("*.json", ["config.json"]),
         ("text/*.json", ["tokenizer.json"]),
+        ("[cm]*", ["config.json"]),
+        ("[!c]*", ["big.safetensors"]),
+        ("*.[js]*", ["big.safetensors", "config.json"]),
+        ("t[a-e]xt/*.[!j]*", ["text/w.bin"]),
+        ("text/[tw]*", ["tokenizer.json", "w.bin"]),
+        ("text/?.*", ["w.bin"]),
     ],
 )
 def test_folders_and_patterns(hub: Hub, tmp_path: Path, pattern: str, expected: list[str]) -> None:
@@ -174,6 +182,14 @@ def test_folders_and_patterns(hub: Hub, tmp_path: Path, pattern: str, expected: 
     assert verify(out) == manifest(out)["sha256"]
     assert all(path.read_bytes() in (SMALL, CONTENT) for path in out.rglob("*") if path.is_file())
     assert names(tmp_path) == ["out", "out.download.json"]
+
+
+def test_the_pipeline_and_the_download_agree_on_folders() -> None:
+    """The one has no need of PyTorch, so each has its own rule."""
+    texts = (path.read_text(encoding="utf-8") for path in config_dir().rglob("*.yaml"))
+    sources = {source for text in texts for source in re.findall(r"^ *source: (\S+)", text, re.MULTILINE)}
+    assert len(sources) > 20 and any("[" in source for source in sources)
+    assert [source for source in sources if several(source) != is_folder(source)] == []
 
 
 def test_a_gated_repository(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,6 +215,8 @@ def test_a_gated_repository(hub: Hub, tmp_path: Path, monkeypatch: pytest.Monkey
         ("hf://lab/model/absent.pth", r"lab/model has no absent\.pth at a{40}"),
         ("hf://lab/model/absent/", "no such file as hf://lab/model/absent/"),
         ("hf://lab/model/*.pth", r"lab/model has no \*\.pth"),
+        ("hf://lab/model/[ab]ig.safetensors", r"lab/model has no \[ab\]ig\.safetensors at"),  # no *: the name of a file
+        ("hf://lab/model/[xyz]*", r"lab/model has no \[xyz\]\* at"),
         ("hf://lab/-..-/x", "no address on the Hub"),
         ("hf://model/x", "expected hf://OWNER/REPO/PATH"),
     ],

@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import sys
 import time
@@ -24,6 +25,7 @@ _MANIFEST = ".download.json"
 _PARTIAL = ".download"
 _LOCK = ".lock"
 _PACE = 20.0  # seconds
+_SHA256 = re.compile("[0-9a-f]{8,64}")
 
 
 def download(source: str, out: Path | str, sha256: str | None = None) -> None:
@@ -31,10 +33,12 @@ def download(source: str, out: Path | str, sha256: str | None = None) -> None:
 
     Args:
         source: PATH, file://PATH, http(s)://..., s3://BUCKET/KEY or hf://OWNER/REPO[@REVISION]/PATH. A trailing slash
-            means the whole folder, except over HTTP; so does a pattern on the Hub, such as hf://OWNER/REPO/*.json.
+            means the whole folder, except over HTTP; so does a pattern on the Hub, such as hf://OWNER/REPO/*.json or
+            hf://OWNER/REPO/[cm]*.
         out: the file to make, or the folder.
-        sha256: 64 hexadecimal digits, of the file, or of the folder as `rcm.artefact.sha256_folder` has it. Where there
-            is none, the hash in the Hub's record is compared; otherwise what came first is recorded in the manifest.
+        sha256: 64 hexadecimal digits, or at least the first 8, of the file, or of the folder as
+            `rcm.artefact.sha256_folder` has it. Where there are none, the hash in the Hub's record is compared; otherwise
+            what came first is recorded in the manifest. Of a few digits the manifest has the rest, for later calls.
 
     Files come in parallel parts where the server has ranges. An interrupted transfer, also of a killed process, goes on
     where it stopped. Nothing unverified appears under `out`; what is there already, and right by the manifest or by
@@ -45,9 +49,10 @@ def download(source: str, out: Path | str, sha256: str | None = None) -> None:
     accepted.
     """
     out, sha256 = Path(out), None if sha256 is None else sha256.lower()
-    if sha256 is not None and (len(sha256) != 64 or not set(sha256) <= set("0123456789abcdef")):
-        raise UserError(f"{sha256!r} is not a SHA-256: expected 64 hexadecimal digits")
+    if sha256 is not None and not _SHA256.fullmatch(sha256):
+        raise UserError(f"{sha256!r} is not a SHA-256: expected 64 hexadecimal digits, or at least the first 8")
     address = public(source)
+    sha256 = _whole(address, out, sha256)
     if _is_there(address, out, sha256):
         return
     if _offline(address):
@@ -56,7 +61,7 @@ def download(source: str, out: Path | str, sha256: str | None = None) -> None:
     with _alone(out):
         if _is_there(address, out, sha256):  # by now
             return
-        if sha256 is not None and out.exists() and content_sha256(out) == sha256:
+        if sha256 is not None and out.exists() and _fits(sha256, content_sha256(out)):
             _record(address, out, None, _hashes(out, is_folder(address)))
             return
         origin = _found(source, out, sha256)
@@ -64,10 +69,23 @@ def download(source: str, out: Path | str, sha256: str | None = None) -> None:
         _record(address, out, origin.revision, files)
 
 
+def _fits(expected: str | None, found: str) -> bool:
+    """Whether a SHA-256 is the expected one, of which the first digits may be known, or none."""
+    return expected is None or found.startswith(expected)
+
+
+def _whole(source: str, out: Path, sha256: str | None) -> str | None:
+    """The SHA-256 of which only the first digits are given, where the first download noted all of them."""
+    if sha256 is not None and (manifest := _manifest(out)) is not None:
+        if manifest["source"] == source and _fits(sha256, manifest["sha256"]):
+            return manifest["sha256"]
+    return sha256
+
+
 def _is_there(source: str, out: Path, sha256: str | None) -> bool:
     """Whether this was downloaded before; a UserError if it has changed since."""
     manifest = _manifest(out)
-    known = manifest is not None and manifest["source"] == source and sha256 in (None, manifest["sha256"])
+    known = manifest is not None and manifest["source"] == source and _fits(sha256, manifest["sha256"])
     return out.exists() and known and verify(out) is not None
 
 
@@ -180,7 +198,7 @@ def _accept(source: str, out: Path, sha256: str | None) -> None:
             except UserError as error:
                 raise UserError(f"{error}; downloads are switched off: {_wanted(source, out, sha256)}") from error
     files = _hashes(out, is_folder(source))
-    if sha256 not in (None, _identity(files)):
+    if not _fits(sha256, _identity(files)):
         raise UserError(f"{out} has SHA-256 {_identity(files)}, expected {sha256}; put {source} there")
     _record(source, out, None, files)
 
@@ -191,7 +209,7 @@ def _wanted(source: str, out: Path, sha256: str | None, manifest: dict[str, Any]
         files = {out / name if name else out: known for name, known in manifest["files"].items()}
         listed = (f"{path} ({known['size']} bytes, SHA-256 {known['sha256']})" for path, known in files.items())
         return f"put the files of {source} there: {', '.join(listed)}"
-    known = f" with SHA-256 {sha256}" if sha256 else ""
+    known = f" with SHA-256 {sha256}{'...' if len(sha256) < 64 else ''}" if sha256 else ""
     if is_folder(source):
         page = f", which {page_of(source)} lists," if scheme_of(source) == "hf" else ""
         return f"put the files of {source}{known}{page} into the folder {out} and run again"
@@ -231,7 +249,7 @@ def _already(origin: Origin, out: Path) -> Files | None:
 
 def _fault(remote: transfer.Remote, sha256: str | None, file: Path, found: Mapping[str, Any]) -> str | None:
     """What is wrong with the content of a file."""
-    if sha256 not in (None, found["sha256"]):
+    if not _fits(sha256, found["sha256"]):
         return f"has SHA-256 {found['sha256']}, expected {sha256}"
     if remote.blob is not None and remote.blob != (actual := _blob(file)):
         return f"is {actual} to git, expected {remote.blob}"
@@ -261,10 +279,10 @@ def _fetch(origin: Origin, source: str, out: Path, sha256: str | None) -> Files:
     with tqdm(total=total, unit="B", unit_scale=True, desc=out.name, **pace) as bar:
         fetch = _Fetch(bar, _wanted(source, out, sha256))
         files = {
-            name: fetch(remote, places[name], remote.sha256 if folder or sha256 is None else sha256)
+            name: fetch(remote, places[name], remote.sha256 if folder else _expected(sha256, remote.sha256))
             for name, remote in origin.files.items()
         }
-    if folder and sha256 not in (None, actual := _identity(files)):
+    if folder and not _fits(sha256, actual := _identity(files)):
         raise UserError(f"{source} has SHA-256 {actual}, expected {sha256}: it is not the folder that was meant")
     if folder:
         for partial in places.values():
@@ -276,6 +294,11 @@ def _fetch(origin: Origin, source: str, out: Path, sha256: str | None) -> Files:
     if not folder:
         journal_of(staging).unlink()
     return files
+
+
+def _expected(sha256: str | None, recorded: str | None) -> str | None:
+    """What a file is compared with: the caller's hash, or the Hub's where that is the same and longer."""
+    return recorded if recorded is not None and _fits(sha256, recorded) else sha256
 
 
 def _on_disk(partial: Path) -> int:

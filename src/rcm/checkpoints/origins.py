@@ -8,6 +8,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from http.client import InvalidURL
 from pathlib import Path, PurePosixPath
 from types import ModuleType
@@ -48,7 +49,7 @@ def scheme_of(source: str) -> str:
 
 
 def is_folder(source: str) -> bool:
-    """Whether a source means several files: a trailing slash, except over HTTP, or a pattern on the Hub."""
+    """Whether a source means several files: a trailing slash, except over HTTP, or a pattern with a * on the Hub."""
     scheme = scheme_of(source)
     return (source.endswith("/") and scheme not in _WEB) or (scheme == "hf" and "*" in source)
 
@@ -273,7 +274,15 @@ def _endpoint() -> str:
 
 
 def _folder_of(path: str) -> str:
-    return str(PurePosixPath(path.partition("*")[0] + "x").parent).removeprefix(".")
+    """The folder of a path, of a pattern that above which all is literal."""
+    literal = re.split(r"[*?[]", path, maxsplit=1)[0] if "*" in path else path
+    return str(PurePosixPath(literal + "x").parent).removeprefix(".")
+
+
+def _matches(path: str, pattern: str) -> bool:
+    """Whether a path fits a pattern, folder by folder: *, ?, [abc] and [!abc] stand for no slash."""
+    names, patterns = path.split("/"), pattern.split("/")
+    return len(names) == len(patterns) and all(map(fnmatchcase, names, patterns))
 
 
 def _hub(source: str) -> Origin:
@@ -294,8 +303,7 @@ def _hub(source: str) -> Origin:
             tree = api.list_repo_tree(repo, folder or None, recursive=True, revision=commit)
             entries = {str(PurePosixPath(entry.path).relative_to(folder or ".")): entry for entry in tree}
             if "*" in path:
-                pattern = re.compile("[^/]*".join(map(re.escape, path.split("*"))))
-                entries = {name: entry for name, entry in entries.items() if pattern.fullmatch(entry.path)}
+                entries = {name: entry for name, entry in entries.items() if _matches(entry.path, path)}
         files = {name: entry for name, entry in entries.items() if isinstance(entry, RepoFile)}
         if not files:
             raise UserError(
