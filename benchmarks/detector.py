@@ -13,9 +13,9 @@ import cv2
 import numpy as np
 
 from rcm.data import prompts, world
-from rcm.evaluation.geneval import Detection, summarise
 from rcm.evaluation.geneval import judge as judge_caption
-from rcm.evaluation.shapes import ShapeDetector
+from rcm.evaluation.geneval import summarise
+from rcm.evaluation.shapes import ShapeDetection, ShapeDetector, color_of
 
 CALIBRATION_SEED = 7000
 Degrade = Callable[[np.ndarray, np.random.Generator], np.ndarray]
@@ -50,7 +50,7 @@ def overlap(a: tuple[float, ...], b: tuple[float, ...]) -> float:
     return common / (areas - common)
 
 
-def shows(detection: Detection, scene: world.Scene) -> bool:
+def shows(detection: ShapeDetection, scene: world.Scene) -> bool:
     """Whether a thing of the scene has the detection's shape, colour and place."""
     for thing in scene.things:
         y, x = ((k + 0.5) * world.CELL for k in thing.cell)
@@ -127,12 +127,12 @@ def table(seed: int, per_task: int, samples: int) -> None:
         started = time.process_time()
         found = [detector.detect(degrade(image, rng)) for image in images]
         took = (time.process_time() - started) / len(images) * 1e3
-        row(name, summarise(tags, [judge_caption(c, d)[0] for c, d in zip(captions, found, strict=True)]))
+        row(name, summarise(tags, [judge_caption(c, d, color_of)[0] for c, d in zip(captions, found, strict=True)]))
         if name == "oracle":
             floors = []
             for _ in range(20):
                 order = rng.permutation(len(images))
-                correct = [judge_caption(c, found[j])[0] for c, j in zip(captions, order, strict=True)]
+                correct = [judge_caption(c, found[j], color_of)[0] for c, j in zip(captions, order, strict=True)]
                 floors.append(summarise(tags, correct))
             row("floor (shuffled)", {key: float(np.mean([f[key] for f in floors])) for key in floors[0]})
             print(

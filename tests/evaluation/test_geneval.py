@@ -3,11 +3,17 @@
 import pytest
 
 from rcm.data import prompts
-from rcm.evaluation.geneval import Detection, judge, relations, summarise
+from rcm.evaluation.geneval import relations, summarise
+from rcm.evaluation.geneval import judge as decide
+from rcm.evaluation.shapes import ShapeDetection, color_of
 
 
-def _at(cls: str, score: float = 0.95, x: float = 0.0, y: float = 0.0, color: str = "red") -> Detection:
-    return Detection(cls, (x, y, x + 10, y + 10), score, None, color)
+def _at(cls: str, score: float = 0.95, x: float = 0.0, y: float = 0.0, color: str = "red") -> ShapeDetection:
+    return ShapeDetection(cls, (x, y, x + 10, y + 10), score, color=color)
+
+
+def judge(metadata, detections, color_of=color_of):
+    return decide(metadata, detections, color_of)
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,8 @@ import pytest
 from rcm.data import prompts, world
 from rcm.evaluation import shapebench
 from rcm.evaluation.fidelity import fidelity
-from rcm.evaluation.geneval import Detection
 from rcm.evaluation.shapebench import Clip
-from rcm.evaluation.shapes import ShapeDetector
+from rcm.evaluation.shapes import ShapeDetection, ShapeDetector
 
 CAPTION = prompts.as_clip(prompts.two_object("star", "cross"), "right")
 
@@ -18,13 +17,11 @@ def _clip(caption: prompts.Metadata, seed: int = 0) -> np.ndarray:
     return world.render(world.sample_scene(caption, np.random.default_rng(seed)), world.CLIP_FRAMES)
 
 
-def _shown(*frames: list[Detection]) -> Clip:
+def _shown(*frames: list[ShapeDetection]) -> Clip:
     """A clip in which exactly these things are detected."""
 
-    class Scripted:
-        classes = world.SHAPES
-
-        def detect(self, image: np.ndarray) -> list[Detection]:
+    class Scripted(ShapeDetector):
+        def detect(self, image: np.ndarray) -> list[ShapeDetection]:
             return frames[int(image[0, 0, 0])]
 
     pictures = (
@@ -33,8 +30,8 @@ def _shown(*frames: list[Detection]) -> Clip:
     return Clip(pictures, Scripted())
 
 
-def _at(cls: str, x: float, y: float = 0.0, color: str = "red") -> Detection:
-    return Detection(cls, (x, y, x + 10, y + 10), 0.99, None, color)
+def _at(cls: str, x: float, y: float = 0.0, color: str = "red") -> ShapeDetection:
+    return ShapeDetection(cls, (x, y, x + 10, y + 10), 0.99, color=color)
 
 
 def test_flickering_is_the_mean_difference() -> None:

@@ -10,7 +10,7 @@ import pytest
 from rcm.data import prompts, world
 from rcm.evaluation import shapeeval, shapes
 from rcm.evaluation.geneval import judge, summarise
-from rcm.evaluation.shapes import ShapeDetector, noise_level
+from rcm.evaluation.shapes import ShapeDetector, color_of, noise_level
 
 SEED = 24680
 
@@ -27,7 +27,7 @@ def test_ground_truth_scores_high_and_other_prompts_low() -> None:
     found = [ShapeDetector().detect(image) for image in images]
     floors = []
     for _ in range(20):
-        correct = [judge(captions[i], found[j])[0] for i, j in enumerate(rng.permutation(len(images)))]
+        correct = [judge(captions[i], found[j], color_of)[0] for i, j in enumerate(rng.permutation(len(images)))]
         floors.append(summarise([caption["tag"] for caption in captions], correct)["overall"])
     assert np.mean(floors) <= 0.10
     blurred = shapeeval([cv2.GaussianBlur(image, (0, 0), 0.8) for image in images], captions)

@@ -15,8 +15,9 @@ from scipy.stats import hypergeom
 
 from rcm.data import world
 from rcm.evaluation.fidelity import background, redraw
-from rcm.evaluation.geneval import THRESHOLD, Detection
+from rcm.evaluation.geneval import THRESHOLD
 from rcm.evaluation.shapebench import Clip, mover
+from rcm.evaluation.shapes import ShapeDetection
 
 MINIMUM = 8  # satisfying samples that a prompt needs, and the number that measures refer to
 FACTORS = ("cell", "color", "fill", "background")
@@ -52,7 +53,7 @@ def hidden_factors(clip: Clip, metadata: Mapping[str, Any]) -> Factors | None:
     )
 
 
-def _cell(detection: Detection) -> tuple[int, int]:
+def _cell(detection: ShapeDetection) -> tuple[int, int]:
     x0, y0, x1, y1 = detection.box
     return int((y0 + y1) / 2 // world.CELL), int((x0 + x1) / 2 // world.CELL)
 

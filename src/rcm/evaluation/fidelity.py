@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 
 from rcm.data import world
-from rcm.evaluation.geneval import Detection
+from rcm.evaluation.shapes import ShapeDetection
 
 MAX_PSNR = 50.0  # dB; what is closer than that counts as equal
 
@@ -36,7 +36,7 @@ def _ink(shape: str, color: str) -> tuple[np.ndarray, np.ndarray]:
     return dark, (light - dark) / 255
 
 
-def background(image: np.ndarray, detections: Sequence[Detection]) -> np.ndarray:
+def background(image: np.ndarray, detections: Sequence[ShapeDetection]) -> np.ndarray:
     """Median colour of the pixels away from all detections (3,)."""
     free = np.ones(image.shape[:2], bool)
     for detection in detections:
@@ -45,7 +45,7 @@ def background(image: np.ndarray, detections: Sequence[Detection]) -> np.ndarray
     return np.median(image[free] if free.any() else image.reshape(-1, 3), axis=0).astype(np.float32)
 
 
-def redraw(image: np.ndarray, detections: Sequence[Detection]) -> tuple[np.ndarray, list[str]]:
+def redraw(image: np.ndarray, detections: Sequence[ShapeDetection]) -> tuple[np.ndarray, list[str]]:
     """The detected scene drawn ideally, float (H, W, 3), and the fill of each shape.
 
     Fill and place (to one pixel about the box) are those of least squared error.
@@ -56,7 +56,7 @@ def redraw(image: np.ndarray, detections: Sequence[Detection]) -> tuple[np.ndarr
     canvas = np.broadcast_to(level, padded.shape).copy()
     fills = []
     for detection in detections:
-        ink, through = _ink(detection.cls, detection.color or "white")
+        ink, through = _ink(detection.cls, detection.color)
         drawn = ink + through * level
         x0, y0, x1, y1 = detection.box
         top, left = int((y0 + y1 - size) // 2) + pad, int((x0 + x1 - size) // 2) + pad
@@ -75,7 +75,7 @@ def redraw(image: np.ndarray, detections: Sequence[Detection]) -> tuple[np.ndarr
     return canvas[pad:-pad, pad:-pad], fills
 
 
-def fidelity(image: np.ndarray, detections: Sequence[Detection]) -> Fidelity:
+def fidelity(image: np.ndarray, detections: Sequence[ShapeDetection]) -> Fidelity:
     """Compare a picture with its redrawn scene; `detections` are all candidates, however unsure.
 
     Sharpness is the slope of the picture's gradients over the ideal ones, which noise leaves unchanged on average.

@@ -6,7 +6,7 @@ limits are GenEval's. Tiny results are called ShapeEval: same protocol, other de
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -27,7 +27,9 @@ class Detection:
     box: Box
     score: float
     mask: np.ndarray | None = None
-    color: str | None = None
+
+
+Found = TypeVar("Found", bound=Detection)
 
 
 class Detector(Protocol):
@@ -38,7 +40,7 @@ class Detector(Protocol):
         """What it can find."""
         ...
 
-    def detect(self, image: np.ndarray) -> list[Detection]:
+    def detect(self, image: np.ndarray) -> Sequence[Detection]:
         """Objects of an uint8 (H, W, 3) image."""
         ...
 
@@ -59,10 +61,10 @@ def relations(a: Box, b: Box) -> set[str]:
     }
 
 
-def _kept(metadata: Mapping[str, Any], detections: Sequence[Detection]) -> dict[str, list[Detection]]:
+def _kept(metadata: Mapping[str, Any], detections: Sequence[Found]) -> dict[str, list[Found]]:
     """Detections above the task's threshold by class, best first, at most `MAX_OBJECTS` of each."""
     threshold = COUNTING_THRESHOLD if metadata["tag"] == "counting" else THRESHOLD
-    kept: dict[str, list[Detection]] = {}
+    kept: dict[str, list[Found]] = {}
     for found in sorted(detections, key=lambda detection: -detection.score):
         group = kept.setdefault(found.cls, [])
         if found.score > threshold and len(group) < MAX_OBJECTS:
@@ -71,18 +73,16 @@ def _kept(metadata: Mapping[str, Any], detections: Sequence[Detection]) -> dict[
 
 
 def judge(
-    metadata: Mapping[str, Any],
-    detections: Sequence[Detection],
-    color_of: Callable[[Detection], str | None] = lambda detection: detection.color,
+    metadata: Mapping[str, Any], detections: Sequence[Found], color_of: Callable[[Found], str]
 ) -> tuple[bool, str]:
-    """Whether the detections satisfy a caption, and why not.
+    """Whether the detections, unfiltered and in any order, satisfy a caption, and why not.
 
     Of each class that `include` names, the `count` most confident objects are judged. Other objects do no harm,
-    unless `exclude` forbids that many of a class.
+    unless `exclude` forbids that many of a class. `color_of` names the colour of a detection, one of those given.
     """
     kept = _kept(metadata, detections)
     faults: list[str] = []
-    groups: list[list[Detection] | None] = []
+    groups: list[list[Found] | None] = []
     for wanted in metadata["include"]:
         name, count = wanted["class"], wanted["count"]
         found = kept.get(name, [])[:count]
@@ -92,7 +92,7 @@ def judge(
         elif "color" in wanted:
             seen = [color_of(detection) for detection in found]
             if seen.count(wanted["color"]) < count:
-                fault = f"expected {wanted['color']} {name} >= {count}, found {', '.join(map(str, seen))}"
+                fault = f"expected {wanted['color']} {name} >= {count}, found {', '.join(seen)}"
         if fault is None and "position" in wanted:
             relation, index = wanted["position"]
             target = groups[index]
@@ -127,8 +127,8 @@ def summarise(tags: Sequence[str], correct: Sequence[bool]) -> dict[str, float]:
 
 def shapeeval(images: Sequence[np.ndarray], metadatas: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Task scores of uint8 (48, 48, 3) images of the tiny world, one caption each."""
-    from rcm.evaluation.shapes import ShapeDetector
+    from rcm.evaluation.shapes import ShapeDetector, color_of
 
     detector = ShapeDetector()
-    correct = [judge(meta, detector.detect(image))[0] for image, meta in zip(images, metadatas, strict=True)]
+    correct = [judge(meta, detector.detect(image), color_of)[0] for image, meta in zip(images, metadatas, strict=True)]
     return summarise([meta["tag"] for meta in metadatas], correct)

@@ -47,7 +47,7 @@ class Verdict:
 
 def verdict(clip: Clip, metadata: Metadata, media: str) -> Verdict:
     """Judge one sample; the reason is that of the first frame that fails."""
-    judged = [judge(metadata, found) for found in clip.detections]
+    judged = [judge(metadata, found, shapes.color_of) for found in clip.detections]
     good = sum(ok for ok, _ in judged)
     still_right = 2 * good > len(judged)
     reasons = [] if still_right else [next(reason for ok, reason in judged if not ok)]

@@ -17,8 +17,8 @@ import cv2
 import numpy as np
 
 from rcm.evaluation.fidelity import MAX_PSNR, Fidelity, background, fidelity
-from rcm.evaluation.geneval import THRESHOLD, Detection, Detector, judge
-from rcm.evaluation.shapes import ShapeDetector, denoise, lab
+from rcm.evaluation.geneval import THRESHOLD, judge
+from rcm.evaluation.shapes import ShapeDetection, ShapeDetector, color_of, denoise, lab
 
 KINDS = {
     "temporal_flickering": "same_formula",
@@ -48,7 +48,7 @@ class Track:
     """One object over time: centres (T, 2) as (x, y), NaN where it was not seen."""
 
     cls: str
-    color: str | None
+    color: str
     points: np.ndarray
 
     @property
@@ -73,15 +73,15 @@ class Clip:
     """Frames uint8 (T, H, W, 3) and what is seen in them; T = 1 for an image."""
 
     frames: np.ndarray
-    detector: Detector = field(default_factory=ShapeDetector)
+    detector: ShapeDetector = field(default_factory=ShapeDetector)
 
     @cached_property
-    def detections(self) -> list[list[Detection]]:
+    def detections(self) -> list[list[ShapeDetection]]:
         """All candidates of each frame, with scores."""
         return [self.detector.detect(frame) for frame in self.frames]
 
     @cached_property
-    def seen(self) -> list[list[Detection]]:
+    def seen(self) -> list[list[ShapeDetection]]:
         """Detections of each frame above GenEval's threshold."""
         return [[found for found in frame if found.score > THRESHOLD] for frame in self.detections]
 
@@ -119,7 +119,7 @@ class Clip:
         return tracks
 
 
-def _nearest(tracks: Sequence[Track], found: Detection, center: np.ndarray, least: float) -> Track | None:
+def _nearest(tracks: Sequence[Track], found: ShapeDetection, center: np.ndarray, least: float) -> Track | None:
     """The track of the same class and colour that was last seen nearest to `center`, if as near as `least`."""
     best = None
     for track in tracks:
@@ -253,12 +253,12 @@ def imaging_quality(clip: Clip) -> float:
 # --- Semantics -----------------------------------------------------------------------------------------------------
 
 
-def share_of_frames(clip: Clip, holds: Callable[[list[Detection]], bool]) -> float:
+def share_of_frames(clip: Clip, holds: Callable[[list[ShapeDetection]], bool]) -> float:
     """Share of frames whose detections fulfil a condition."""
     return float(np.mean([holds(frame) for frame in clip.seen]))
 
 
-def _shows_all(include: Sequence[Mapping[str, Any]]) -> Callable[[list[Detection]], bool]:
+def _shows_all(include: Sequence[Mapping[str, Any]]) -> Callable[[list[ShapeDetection]], bool]:
     return lambda frame: {item["class"] for item in include} <= {found.cls for found in frame}
 
 
@@ -271,7 +271,7 @@ def color(clip: Clip, name: str, wanted: str) -> float | None:
 def spatial_relationship(clip: Clip, a: str, b: str, relation: str) -> float:
     """VBench's rule, mean over frames: 1 if the right axis dominates and boxes hardly overlap; it ignores the side."""
 
-    def of_frame(frame: Sequence[Detection]) -> float:
+    def of_frame(frame: Sequence[ShapeDetection]) -> float:
         pairs = [(x.box, y.box) for x in frame for y in frame if x is not y and (x.cls, y.cls) == (a, b)]
         return max((_axis_score(x, y, relation) for x, y in pairs), default=0.0)
 
@@ -313,7 +313,7 @@ def motion(clip: Clip, metadata: Mapping[str, Any]) -> bool:
 
 def majority(clip: Clip, metadata: Mapping[str, Any]) -> bool:
     """Whether more than half of the frames satisfy a caption by GenEval's decision."""
-    return bool(np.mean([judge(metadata, frame)[0] for frame in clip.detections]) > 0.5)
+    return bool(np.mean([judge(metadata, frame, color_of)[0] for frame in clip.detections]) > 0.5)
 
 
 def facts(clip: Clip, metadata: Mapping[str, Any]) -> dict[str, bool]:
@@ -362,5 +362,7 @@ def measure(clip: Clip, metadata: Mapping[str, Any]) -> dict[str, float | None]:
         values["spatial_relationship"] = spatial_relationship(
             clip, include[-1]["class"], include[index]["class"], relation
         )
-        values["spatial_relationship_strict"] = float(np.mean([judge(metadata, found)[0] for found in clip.detections]))
+        values["spatial_relationship_strict"] = float(
+            np.mean([judge(metadata, found, color_of)[0] for found in clip.detections])
+        )
     return values

@@ -9,6 +9,7 @@ with the Tanimoto coefficients of contrast and template: fit of the best shape, 
 from `python benchmarks/detector.py --calibrate`.
 """
 
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import product
 
@@ -32,6 +33,18 @@ _BLURS = (0.0, 1.0)  # pixels
 _TONES = (1.0, 0.85, 0.7)
 _NAMES = tuple(world.COLORS)
 _PALETTE = np.array([world.COLORS[name] for name in _NAMES], np.float32)
+
+
+@dataclass(frozen=True)
+class ShapeDetection(Detection):
+    """A shape and the name of its colour in the palette."""
+
+    color: str = field(kw_only=True)
+
+
+def color_of(detection: ShapeDetection) -> str:
+    """The colour that the detector saw."""
+    return detection.color
 
 
 def lab(image: np.ndarray) -> np.ndarray:
@@ -148,14 +161,13 @@ class ShapeDetector:
 
     classes = world.SHAPES
 
-    def detect(self, image: np.ndarray) -> list[Detection]:
+    def detect(self, image: np.ndarray) -> list[ShapeDetection]:
         """All candidates with their calibrated scores."""
         return [
-            Detection(found.cls, found.box, float(1 / (1 + np.exp(-SLOPE * z - OFFSET))), found.mask, found.color)
-            for found, z in self.candidates(image)
+            replace(found, score=float(1 / (1 + np.exp(-SLOPE * z - OFFSET)))) for found, z in self.candidates(image)
         ]
 
-    def candidates(self, image: np.ndarray) -> list[tuple[Detection, float]]:
+    def candidates(self, image: np.ndarray) -> list[tuple[ShapeDetection, float]]:
         """Detections before calibration (score 0), each with its evidence z."""
         smooth = denoise(image)
         contrast = _contrast(smooth)
@@ -173,7 +185,10 @@ class ShapeDetector:
             return []
         fits = _fits(np.stack([_window(contrast, mask) for mask in masks]))
         return [
-            (Detection(world.SHAPES[row.argmax()], _box(mask), 0.0, mask, color_name(smooth, mask)), evidence(row))
+            (
+                ShapeDetection(world.SHAPES[row.argmax()], _box(mask), 0.0, mask, color=color_name(smooth, mask)),
+                evidence(row),
+            )
             for mask, row in zip(masks, fits, strict=True)
         ]
 
