@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from rcm.artefact import UserError
-from rcm.data.prompt_files import read_prompt_file
+from rcm.data.prompt_files import file_name_fault, read_lines, read_prompt_file
 from rcm.data.prompts import COCO, geneval, to_jsonl
 
 
@@ -25,6 +25,35 @@ def test_lines_of_text(tmp_path: Path) -> None:
         "猫\u2028が走る",
     ]
     assert read(tmp_path, "x.TXT", '{"a": 1}') == [{"prompt": '{"a": 1}'}]
+
+
+def test_lines_keep_their_numbers(tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("\ufeffa cat\n\n  a dog \r\n\n", encoding="utf-8")
+    assert read_lines(tmp_path / "x") == [(1, "a cat"), (3, "a dog")]
+    (tmp_path / "x").write_bytes(b"a\n\n\xff")
+    with pytest.raises(UserError, match="x, line 3: not UTF-8"):
+        read_lines(tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [
+        ("a" * 255, None),
+        ("a" * 256, "it has 256 bytes"),
+        ("猫" * 85, None),
+        ("猫" * 86, "it has 258 bytes"),
+        ("a/b", "a slash"),
+        ("a\0b", "a zero byte"),
+        ("a\ud800", "half of a surrogate pair"),
+    ],
+)
+def test_names_of_files(tmp_path: Path, name: str, fault: str | None) -> None:
+    assert (fault is None and file_name_fault(name) is None) or str(fault) in str(file_name_fault(name))
+    if fault is None:
+        (tmp_path / name).touch()
+    else:
+        with pytest.raises((OSError, ValueError)):
+            (tmp_path / name).touch()
 
 
 def test_json_lines_stay_whole(tmp_path: Path) -> None:

@@ -37,8 +37,8 @@ def download(source: str, out: Path | str, sha256: str | None = None) -> None:
             hf://OWNER/REPO/[cm]*.
         out: the file to make, or the folder.
         sha256: 64 hexadecimal digits, or at least the first 8, of the file, or of the folder as
-            `rcm.artefact.sha256_folder` has it. Where there are none, the hash in the Hub's record is compared; otherwise
-            what came first is recorded in the manifest. Of a few digits the manifest has the rest, for later calls.
+            `rcm.artefact.sha256_folder` has it. Where there are none, the hash in the Hub's record is compared;
+            otherwise what came first is recorded in the manifest. That has all digits, for later calls with a few.
 
     Files come in parallel parts where the server has ranges. An interrupted transfer, also of a killed process, goes on
     where it stopped. Nothing unverified appears under `out`; what is there already, and right by the manifest or by
@@ -76,10 +76,10 @@ def _fits(expected: str | None, found: str) -> bool:
 
 def _whole(source: str, out: Path, sha256: str | None) -> str | None:
     """The SHA-256 of which only the first digits are given, where the first download noted all of them."""
-    if sha256 is not None and (manifest := _manifest(out)) is not None:
-        if manifest["source"] == source and _fits(sha256, manifest["sha256"]):
-            return manifest["sha256"]
-    return sha256
+    manifest = None if sha256 is None else _manifest(out)
+    if manifest is None or manifest["source"] != source or not _fits(sha256, manifest["sha256"]):
+        return sha256
+    return manifest["sha256"]
 
 
 def _is_there(source: str, out: Path, sha256: str | None) -> bool:

@@ -23,25 +23,42 @@ _A_DAY = 86400  # a rank waits as long as another one draws; one that is gone is
 
 def prompts(arguments: Namespace) -> None:
     """Write the prompts of a suite as JSON lines: drawn captions with their facts, or the lines of a file."""
-    from rcm.data.prompt_files import read_prompt_file
     from rcm.data.prompts import to_jsonl
 
     config = compose(arguments.overrides)
     suite, source = config["suites"][config["suite"]], arguments.source
     if source is None and "file" in suite:
         raise UserError(f"the prompts of suite={config['suite']} are those of a file: name it with --source")
+    if (arguments.names and not source) or (arguments.info and not arguments.names):
+        raise UserError("--info goes with --names, and --names with --source: name all that come before it")
     numbers = {"suite": config["suite"], "media": config["media"], "prompts": config["prompts"], **suite}
-    inputs = [] if source is None else [source]
+    inputs = [path for path in (source, arguments.names, arguments.info) if path is not None]
     with recording(arguments.out, stage="prompts", inputs=inputs, config=numbers, seed=suite["seed"]):
-        chosen = _drawn(config) if source is None else read_prompt_file(source)[: suite.get("prompts")]
+        chosen = _drawn(config) if source is None else _listed(arguments, suite)
         write_text(arguments.out, to_jsonl(chosen))
+
+
+def _listed(arguments: Namespace, suite: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The first prompts of a file, as many as the suite wants."""
+    from rcm.data.prompt_files import read_prompt_file
+    from rcm.data.vbench_prompts import vbench_prompts
+
+    if arguments.names is None:
+        prompts = read_prompt_file(arguments.source)
+    else:
+        still = suite.get("still_samples")
+        prompts = vbench_prompts(arguments.source, arguments.names, arguments.info, still_samples=still)
+    return prompts[: suite.get("prompts")]
 
 
 def _drawn(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The captions of a suite."""
     from rcm.data.prompts import VOCABULARIES, evaluation_suite, training_suite
+    from rcm.data.text_prompts import text_prompts
 
     suite, common = config["suites"][config["suite"]], config["prompts"]
+    if config["suite"] == "text":
+        return text_prompts(suite["seed"], suite["prompts"], config["media"])
     vocabulary = VOCABULARIES[common["vocabulary"]]
     options = {"seed": suite["seed"], "media": config["media"], "still": common["still"]}
     if config["suite"] == "train":

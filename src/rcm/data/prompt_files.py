@@ -12,12 +12,14 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rcm.artefact import UserError
 
 Line = tuple[int, Any]  # its number from 1, what stands there
+NAME_BYTES = 255  # of a file's name, on nearly every file system
 
 
 def read_prompt_file(path: Path) -> list[dict[str, Any]]:
@@ -26,20 +28,43 @@ def read_prompt_file(path: Path) -> list[dict[str, Any]]:
     if path.suffix.lower() not in readers:
         raise UserError(f"{path} is no prompt file: expected the suffix {', '.join(readers)}")
     prompts = []
-    try:
+    with _named(path):
         for number, item in readers[path.suffix.lower()](_decoded(path)):
             if fault := _fault(item):
-                raise UserError(f"{path}, line {number}: {fault}")
+                raise _Mistake(number, fault)
             prompts.append(item)
-    except _Mistake as mistake:
-        raise UserError(f"{path}, line {mistake.args[0]}: {mistake.args[1]}") from None
     if not prompts:
         raise UserError(f"{path} holds no prompts")
     return prompts
 
 
+def read_lines(path: Path) -> list[tuple[int, str]]:
+    """The lines of a text with their numbers, but for empty ones. Raises UserError as `read_prompt_file`."""
+    with _named(path):
+        return list(_lines(_decoded(path)))
+
+
+def file_name_fault(name: str) -> str | None:
+    """Why a file cannot have this name, or None."""
+    if "/" in name or "\0" in name:
+        return f"it holds {'a slash' if '/' in name else 'a zero byte'}"
+    try:
+        size = len(name.encode())
+    except UnicodeEncodeError:
+        return "it holds half of a surrogate pair, which is no text"
+    return f"it has {size} bytes, and a file system takes {NAME_BYTES}" if size > NAME_BYTES else None
+
+
 class _Mistake(Exception):
     """Number of the line, and what is wrong there."""
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except _Mistake as mistake:
+        raise UserError(f"{path}, line {mistake.args[0]}: {mistake.args[1]}") from None
 
 
 def _decoded(path: Path) -> str:
