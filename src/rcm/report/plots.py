@@ -1,0 +1,176 @@
+"""Figures of numbers: quality against diversity, the course of training, and rounding."""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+from rcm.artefact import UserError
+from rcm.report.compared import by_medium, is_variant, quality, quality_name
+from rcm.report.look import FAINT, bars, color_of, legend, mark, png, row_title, style
+from rcm.report.scores import CONTROLS, Run, Score, in_order, keys_of, label, reported, run_of
+
+
+def figure_quality_diversity(scores: Sequence[Score]) -> bytes:
+    """The overall score against each measure of diversity, a point a model and number of steps, with 95 % intervals.
+
+    The variants of ablations have figures of their own.
+    """
+    measures = keys_of(scores, "diversity")
+    panels = []
+    for medium, own in by_medium(scores).items():
+        key = quality(own)
+        found = [(run, s) for run, s in in_order(own) if key in s["metrics"] and not is_variant(run.method)]
+        if key and any(measure in score["metrics"] for _, score in found for measure in measures):
+            panels.append((medium, key, found))
+    if not panels:
+        raise UserError(
+            "none of the scores has a measure of diversity beside an overall score; evaluate with --diversity"
+        )
+    with style():
+        width = max(5.4, min(9.9, 2.7 * len(measures)))
+        figure = Figure(figsize=(width, 0.45 + 2.75 * len(panels)), layout="constrained")
+        axes = figure.subplots(len(panels), len(measures), sharey="row", squeeze=False)
+        for row, (medium, key, found) in zip(axes, panels, strict=True):
+            for ax, measure in zip(row, measures, strict=True):
+                known = [(run, s) for run, s in found if s["metrics"].get(measure, {}).get("value") is not None]
+                if known:
+                    _scatter(ax, measure, key, known)
+                else:
+                    ax.set_axis_off()
+            row[0].set_ylabel(quality_name(key, found[0][1]))
+            row[0].set_title(row_title([medium] if len(panels) > 1 else [], [score for _, score in found]))
+        runs = [run for _, _, found in panels for run, _ in found]
+        handles = legend(run.method for run in sorted(runs, key=lambda r: r.order) if run.method not in CONTROLS)
+        if any(run.method == "oracle" for run in runs):
+            handles.append(Line2D([], [], color=FAINT, linestyle=":", linewidth=1, label="Ground truth"))
+        figure.legend(handles=handles, loc="outside upper center", ncols=min(len(handles), 7))
+        return png(figure)
+
+
+def _scatter(ax: Axes, key: str, overall: str, own: Sequence[tuple[Run, Score]]) -> None:
+    """Points of one panel; steps of one student are joined by a line and numbered."""
+    ax.set_xlabel(label(key))
+    lines: dict[tuple[str, int | None], list[tuple[float, float]]] = defaultdict(list)
+    for run, score in own:
+        x, y = reported(score, key), reported(score, overall)
+        if run.method == "oracle":
+            ax.axvline(x.value, color=FAINT, linestyle=":", linewidth=1, zorder=1)
+        if run.method in CONTROLS:
+            continue
+        color = color_of(run.method)
+        lines[run.method, run.seed].append((x.value, y.value))
+        ax.errorbar(x.value, y.value, xerr=bars(x), yerr=bars(y), **mark(run.method))
+        if run.method != "teacher":
+            ax.annotate(str(run.steps), (x.value, y.value), (5, 4), textcoords="offset points", size=7, color=color)
+    for (method, _), points in lines.items():
+        ax.plot(*zip(*points, strict=True), color=color_of(method), linewidth=0.8, alpha=0.6, zorder=2)
+    ax.margins(0.12)
+
+
+_CURVES = (  # role, key, heading, whether the scale is logarithmic; what no run has is left out
+    ("student", "scm_loss", "sCM loss", False),
+    ("student", "scm_tangent_norm", "Tangent norm, sCM", True),
+    ("student", "dcm_loss", "dCM loss", True),
+    ("student", "meanflow_loss", "MeanFlow loss", False),
+    ("student", "meanflow_tangent_norm", "Tangent norm, MeanFlow", True),
+    ("student", "gradient_norm", "Gradient norm, student", True),
+    ("student", "dmd_loss", "DMD loss", True),
+    ("student", "gan_loss", "GAN loss, student", False),
+    ("critic", "critic_loss", "Critic loss", True),
+    ("critic", "critic_gan", "GAN loss, critic", False),
+    ("critic", "gradient_norm", "Gradient norm, critic", True),
+)
+_COLUMNS = 3  # of panels in the figure of training
+
+
+def figure_training(metrics: Sequence[Path]) -> bytes:
+    """Losses, tangent norm and gradient norms against the step; `metrics` are `.../{method}-{seed}/metrics.jsonl`."""
+    runs: list[tuple[Run, list[dict[str, Any]]]] = []
+    for path in metrics:
+        try:
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        except (OSError, ValueError) as error:
+            raise UserError(f"the metrics {path} cannot be read: {error}") from error
+        runs.append((run_of(path.absolute().parent.name, 0), rows))
+    runs.sort(key=lambda pair: pair[0].order)
+    with style():
+        panels = [
+            (curve, found)
+            for curve in _CURVES
+            if (found := [(run.method, points) for run, rows in runs if len(points := _points(rows, *curve[:2]))])
+        ]
+        if not panels:
+            raise UserError("the metrics hold no losses to draw")
+        lines = -(-len(panels) // _COLUMNS)
+        figure = Figure(figsize=(9.6, 0.4 + 2.1 * lines), layout="constrained")
+        axes = figure.subplots(lines, _COLUMNS, squeeze=False).flat
+        for ax, ((role, _, heading, logarithmic), found) in zip(axes, panels, strict=False):
+            ax.set_title(heading)
+            ax.set_xlabel(f"{role.capitalize()} update")
+            if logarithmic:
+                ax.set_yscale("log")
+                ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+                ax.yaxis.set_minor_formatter(NullFormatter())
+            for method, points in found:
+                _curve(ax, points, color_of(method))
+        for ax in axes[len(panels) :]:
+            ax.set_axis_off()
+        methods = {run.method: run for run, _ in runs}
+        handles = [Line2D([], [], color=color_of(m), linewidth=1.4, label=run.label) for m, run in methods.items()]
+        figure.legend(handles=handles, loc="outside upper center", ncols=max(1, len(handles)))
+        return png(figure)
+
+
+def _points(rows: Iterable[Mapping[str, Any]], role: str, key: str) -> np.ndarray:
+    """(N, 2): update and value, where a row of a role has one."""
+    return np.array([(r["update"], r[key]) for r in rows if r.get("role") == role and r.get(key) is not None], float)
+
+
+def _curve(ax: Axes, points: np.ndarray, color: str) -> None:
+    """Every value faintly, and the running median over a thirtieth of them."""
+    x, y = points.T
+    half = max(1, len(y) // 60)
+    windows = np.lib.stride_tricks.sliding_window_view(np.pad(y, half, mode="symmetric"), 2 * half + 1)
+    ax.plot(x, y, color=color, linewidth=0.4, alpha=0.25)
+    ax.plot(x, np.median(windows, axis=1), color=color, linewidth=1.3)
+
+
+_PRECISIONS = {  # colour and legend of each precision, the most rounded first
+    "bfloat16": ("#d55e00", "bfloat16, time included"),
+    "bfloat16, time in float32": ("#0072b2", "bfloat16, time and its embedding float32"),
+    "float32": (FAINT, "float32"),
+}
+
+
+def figure_precision(errors: Sequence[Mapping[str, Any]]) -> bytes:
+    """Rounding errors of F and of the tangent against the time, a row a network; `errors` are those of `precision`."""
+    networks = sorted(errors, key=lambda found: run_of(str(found["model"]), 0).order)
+    with style():
+        figure = Figure(figsize=(7.6, 0.6 + 2.4 * len(networks)), layout="constrained")
+        axes = figure.subplots(len(networks), 2, sharex=True, sharey="row", squeeze=False)
+        for row, found in zip(axes, networks, strict=True):
+            name = run_of(str(found["model"]), 0).label
+            row[0].set_ylabel("Relative error")
+            for ax, key, heading in zip(
+                row, ("output", "tangent"), ("output F", "tangent cos t sin t dF/dt"), strict=True
+            ):
+                ax.set_title(f"{name}, {heading}")
+                ax.set_yscale("log")
+                for precision, (color, _) in _PRECISIONS.items():
+                    bounds = found["errors"][precision][key]
+                    ax.fill_between(found["times"], bounds["low"], bounds["high"], color=color, alpha=0.2, linewidth=0)
+                    ax.plot(found["times"], bounds["median"], color=color, linewidth=1.1)
+        for ax in axes[-1]:
+            ax.set_xlabel("Trig time t")
+        handles = [Line2D([], [], color=color, linewidth=1.4, label=name) for color, name in _PRECISIONS.values()]
+        figure.legend(handles=handles, loc="outside upper center", ncols=len(handles))
+        return png(figure)
