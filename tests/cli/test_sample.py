@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rcm.cli.sample import _decoded
+from rcm.cli.models import decoded
 from rcm.codecs import CellCodec
 
 
@@ -23,7 +23,7 @@ def test_only_the_tiny_codec_decodes_a_batch_at_once(kind: str, together: list[i
         pass
 
     latents = torch.linspace(-1.2, 1.2, 90).reshape(5, 3, 1, 2, 3)
-    frames = _decoded(Codec() if kind == "wan" else Cells(channels=1, cell=1, stride=1), latents)
+    frames = decoded(Codec() if kind == "wan" else Cells(channels=1, cell=1, stride=1), latents)
     assert batches == together
     expected = ((latents.clamp(-1, 1).numpy().transpose(0, 2, 3, 4, 1) + 1) * 127.5).round()
     assert np.array_equal(frames, expected.astype(np.uint8))

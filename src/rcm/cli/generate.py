@@ -9,7 +9,6 @@ import json
 import math
 import re
 import sys
-import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,19 @@ import rcm.text
 import rcm.vision
 from rcm.artefact import atomic_file, beside, content_sha256, read_json
 from rcm.cli.images import fitted, whole
-from rcm.cli.models import Job, Student, Teacher, bare_text_encoder, codec, device_of, filled, jobs_of, network
+from rcm.cli.models import (
+    Job,
+    Student,
+    Teacher,
+    bare_text_encoder,
+    clock,
+    codec,
+    device_name,
+    device_of,
+    filled,
+    jobs_of,
+    network,
+)
 from rcm.cli.orders import Order, ordered
 from rcm.cli.pictures import check_suffix, enlarged, frame_rate, grid, make_room, write
 from rcm.cli.progress import Progress
@@ -278,11 +289,7 @@ def in_words(order: Order, factor: int) -> str:
 def measured(order: Order, decoder: Any, draw: Draw, job: Job) -> tuple[list[np.ndarray], Seconds]:
     """The frames of a job, and the seconds that sampling and decoding took."""
 
-    def now() -> float:
-        if order.placed["device"] == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
+    now = partial(clock, torch.device(order.placed["device"]))
     start = now()
     latents = draw(job)
     between = now()
@@ -294,7 +301,7 @@ def report(order: Order, timed: Sequence[Seconds]) -> str:
     """The mean of the timed samples, in the terms of the paper's table 2."""
     sampling, decoding = (sum(seconds) / len(timed) for seconds in zip(*timed, strict=True))
     total, frames = sampling + decoding, order.settings["frames"]
-    device = torch.cuda.get_device_name() if order.placed["device"] == "cuda" else "CPU"
+    device = device_name(torch.device(order.placed["device"]))
     return (
         f"benchmark: {total:.3g} s a sample, {frames / total:.3g} frames per second: {sampling:.3g} s for "
         f"{order.steps} steps, {decoding:.3g} s for decoding; batch 1, {device}, {order.placed['precision']}, the mean "

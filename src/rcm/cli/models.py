@@ -4,12 +4,16 @@ A job is one sample: the number of its prompt in the file, and its number among 
 follows from seed and job alone, so that it is the same for every model, whatever part or batch it is drawn in.
 """
 
+import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -29,11 +33,15 @@ Job = tuple[int, int]
 SAMPLES_PER_PROMPT = 2**16  # at most: sample s of prompt p has the index p * 2**16 + s
 
 
-def jobs_of(part: str, prompts: int, samples: int) -> list[Job]:
-    """The jobs of part K-of-N: every N-th prompt, all of its samples. UserError where these are too many."""
-    if samples > SAMPLES_PER_PROMPT:
-        raise UserError(f"{samples} samples of a prompt asked for, but it has noise for {SAMPLES_PER_PROMPT}")
-    return [(prompt, sample) for prompt in part_indices(part, prompts) for sample in range(samples)]
+def jobs_of(part: str, prompts: int, samples: int | Sequence[int]) -> list[Job]:
+    """The jobs of part K-of-N: every N-th prompt, all of its samples. UserError where these are too many.
+
+    `samples` is how many a prompt has, or for each prompt how many.
+    """
+    counts = [samples] * prompts if isinstance(samples, int) else samples
+    if (most := max(counts, default=0)) > SAMPLES_PER_PROMPT:
+        raise UserError(f"{most} samples of a prompt asked for, but it has noise for {SAMPLES_PER_PROMPT}")
+    return [(prompt, sample) for prompt in part_indices(part, prompts) for sample in range(counts[prompt])]
 
 
 def noise_of(jobs: Sequence[Job], shape: Sequence[int], *, seed: int, step: int = 0) -> Tensor:
@@ -56,6 +64,18 @@ def device_of(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("inference.device is cuda, but there is no GPU here; allowed on this machine: cpu or auto")
     return torch.device(name, own_gpu()) if name == "cuda" else torch.device(name)
+
+
+def device_name(device: torch.device) -> str:
+    """What a device is called where times are stated."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def clock(device: torch.device) -> float:
+    """Seconds on a clock, once a device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def network(settings: Mapping[str, Any], path: Path, *, device: str = "cpu", precision: str = "float32") -> nn.Module:
@@ -195,3 +215,52 @@ def student(path: Path, text: Path | None = None, *, device: str = "cpu", precis
         raise UserError(f"{path} does not say its {', '.join(lacking)}; export the student again with `rcm export`")
     built = network(settings["network"], path, device=device, precision=precision)
     return Student(built, text_encoder(settings, text), settings)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """A model at a number of steps: `draw(text_BLD, jobs, seed=SEED)` gives latents (B, C, T, H, W).
+
+    `facts` are those on which samples depend beside seed and job: sampler, sigma_max, and a student's times.
+    """
+
+    model: Student | Teacher
+    draw: Callable[..., Tensor]
+    facts: Mapping[str, Any]
+
+    def text(self, captions: Sequence[Mapping[str, Any]], jobs: Sequence[Job]) -> Tensor:
+        """The encoded prompts (B, L, D) of the jobs."""
+        return self.model.encoder.encode([captions[prompt]["prompt"] for prompt, _ in jobs])
+
+
+def sampling(config: Mapping[str, Any], checkpoint: Path, text: Path | None, *, steps: int) -> Sampling:
+    """Open the teacher (a DCP folder) or an exported student, which must fit the experiment, for so many steps."""
+    if checkpoint.is_dir():
+        section = config["teacher"]
+        if steps != section["steps"]:
+            raise UserError(f"--steps is {steps}, but the teacher takes {section['steps']} steps")
+        slow = teacher(config, checkpoint, text)
+        return Sampling(slow, slow.sample, {"sampler": section, "sigma_max": section["sigma_max"], "times": None})
+    few = student(checkpoint, text, **placed(config))
+    if (makes := _size(few.settings)) != (wanted := _size(config)):
+        raise UserError(f"{checkpoint} makes samples of {makes}, but the experiment of {wanted}")
+    if few.settings["codec"] != config["codec"]:
+        made, here = (json.dumps(settings["codec"]) for settings in (few.settings, config))
+        raise UserError(f"{checkpoint} was made for the codec {made}, but the experiment has {here}")
+    section = few.settings["sampler"]
+    facts = {"sampler": section, "sigma_max": section["sigma_max"], "times": few.times(steps)}
+    return Sampling(few, partial(few.sample, steps=steps), facts)
+
+
+def _size(settings: Mapping[str, Any]) -> str:
+    return f"{settings['frames']} frames of {settings['width']} x {settings['height']} pixels"
+
+
+@torch.no_grad()
+def decoded(decoder: Any, latents_BCTHW: Tensor) -> np.ndarray:
+    """Frames of a batch, uint8 (B, T, H, W, 3), sample by sample where a codec takes far more memory than a network.
+
+    The tiny codec takes none, and rounds otherwise one by one.
+    """
+    at_once = len(latents_BCTHW) if isinstance(decoder, rcm.codecs.CellCodec) else 1
+    return np.concatenate([rcm.codecs.to_pixels(decoder.decode(latents)) for latents in latents_BCTHW.split(at_once)])

@@ -8,24 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from rcm.artefact import UserError, atomic_folder, recording
+from rcm.artefact import UserError, atomic_folder, content_sha256, recording
 from rcm.cli.config import compose
-from rcm.cli.models import Job, Student, Teacher, codec, jobs_of, placed, student, teacher
+from rcm.cli.models import Job, codec, decoded, device_of, jobs_of, sampling
 from rcm.cli.pictures import encode, frame_rate
 from rcm.cli.progress import Progress
-from rcm.codecs import CellCodec, from_pixels, to_pixels
+from rcm.codecs import from_pixels
 from rcm.data import world
 from rcm.data.prompt_files import read_prompt_file
 from rcm.data.prompts import Metadata
+from rcm.evaluation.samples import SAMPLING
 
 Maker = Callable[[Sequence[Job]], np.ndarray]  # jobs -> frames, uint8 (B, T, H, W, 3)
 
 
 def sample(arguments: Namespace) -> None:
-    """Sample every prompt of one part as often as the suite says."""
+    """Sample every prompt of one part as often as it says itself, or else the suite."""
     config = compose(arguments.overrides)
     suite, batch = config["suites"][config["suite"]], config["inference"]["batch"]
     of_teacher = arguments.checkpoint is not None and arguments.checkpoint.is_dir()
@@ -34,13 +33,16 @@ def sample(arguments: Namespace) -> None:
     numbers |= {"samples": suite["samples"], "steps": arguments.steps, "part": arguments.part}
     numbers |= {"control": arguments.control}
     given = (arguments.checkpoint, arguments.codec, arguments.prompts, arguments.text)
-    inputs = [path for path in given if path is not None]
-    with recording(arguments.out, stage="sample", inputs=inputs, config=numbers, seed=suite["seed"]) as facts:
+    hashes = {path: "" for path in given if path is not None}
+    with recording(arguments.out, stage="sample", inputs=hashes, config=numbers, seed=suite["seed"]) as facts:
+        hashes |= {path: content_sha256(path) for path in hashes}
         captions = read_prompt_file(arguments.prompts)
-        make = _maker(arguments, config, captions, suite["seed"])
-        jobs = jobs_of(arguments.part, len(captions), suite["samples"])
+        jobs = jobs_of(arguments.part, len(captions), _counts(arguments.prompts, captions, suite["samples"]))
+        make, by = _maker(arguments, config, captions, suite["seed"])
+        about = _about(arguments, config, hashes, by)
         seconds, suffix, rate = 0.0, f".{config['inference']['format']}", frame_rate(config["codec"])
         with atomic_folder(arguments.out) as folder, Progress("sample", len(jobs), "samples") as progress:
+            (folder / SAMPLING).write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
             for start in range(0, len(jobs), batch):
                 chosen = jobs[start : start + batch]
                 began = time.perf_counter()
@@ -52,6 +54,33 @@ def sample(arguments: Namespace) -> None:
         facts |= {"samples": len(jobs), "sampling_seconds": round(seconds, 3)}
 
 
+def _counts(path: Path, captions: Sequence[Metadata], samples: int) -> list[int]:
+    """How many samples each prompt has."""
+    counts = [caption.get("samples", samples) for caption in captions]
+    if wrong := [number for number, count in enumerate(counts) if type(count) is not int or count < 1]:
+        raise UserError(
+            f"{path}, prompt {wrong[0] + 1}: 'samples' is {counts[wrong[0]]!r}; expected a whole number of 1 or more"
+        )
+    return counts
+
+
+def _about(
+    arguments: Namespace, config: Mapping[str, Any], hashes: Mapping[Path, str], by: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What the samples depend on; but for `part` the same in all parts of a suite."""
+    return {
+        "checkpoint_sha256": hashes.get(arguments.checkpoint),
+        **by,
+        "steps": arguments.steps,
+        "seed": config["suites"][config["suite"]]["seed"],
+        "precision": config["inference"]["precision"],
+        "prompts_sha256": hashes[arguments.prompts],
+        "suite": config["suite"],
+        **{key: config[key] for key in ("width", "height", "frames")},
+        "part": arguments.part,
+    }
+
+
 def _write(folder: Path, job: Job, caption: Metadata, content: bytes, suffix: str) -> None:
     """Write one sample as `00012/samples/0003.png`, beside it the caption as GenEval's evaluator expects it."""
     of_prompt = folder / f"{job[0]:05d}"
@@ -61,50 +90,23 @@ def _write(folder: Path, job: Job, caption: Metadata, content: bytes, suffix: st
     (of_prompt / "samples" / f"{job[1]:04d}{suffix}").write_bytes(content)
 
 
-def _maker(arguments: Namespace, config: Mapping[str, Any], captions: Sequence[Metadata], seed: int) -> Maker:
-    """What makes the frames: a student, the teacher, or a control."""
-    if arguments.control == "oracle":
-        return lambda jobs: _truth(captions, jobs, config["frames"], seed)
-    if arguments.control == "shuffled":
-        return lambda jobs: _truth(captions, _shuffled(captions, jobs, seed), config["frames"], seed)
-    decoder = codec(config["codec"], arguments.codec, device=config["inference"]["device"])
-    if arguments.control == "codec":
-        return lambda jobs: _decoded(
-            decoder, decoder.encode(from_pixels(_truth(captions, jobs, config["frames"], seed)))
-        )
-    if arguments.checkpoint.is_dir():
-        model = teacher(config, arguments.checkpoint, arguments.text)
-        if arguments.steps != config["teacher"]["steps"]:
-            raise UserError(f"--steps is {arguments.steps}, but the teacher takes {config['teacher']['steps']} steps")
-        return lambda jobs: _decoded(decoder, model.sample(_text(model, captions, jobs), jobs, seed=seed))
-    few = student(arguments.checkpoint, arguments.text, **placed(config))
-    if (makes := _size(few.settings)) != (wanted := _size(config)):
-        raise UserError(f"{arguments.checkpoint} makes samples of {makes}, but the experiment of {wanted}")
-    if few.settings["codec"] != config["codec"]:
-        made, here = (json.dumps(settings["codec"]) for settings in (few.settings, config))
-        raise UserError(f"{arguments.checkpoint} was made for the codec {made}, but the experiment has {here}")
-    few.times(arguments.steps)  # before any work is done
-    steps = arguments.steps
-    return lambda jobs: _decoded(decoder, few.sample(_text(few, captions, jobs), jobs, steps=steps, seed=seed))
-
-
-def _size(settings: Mapping[str, Any]) -> str:
-    return f"{settings['frames']} frames of {settings['width']} x {settings['height']} pixels"
-
-
-def _text(model: Student | Teacher, captions: Sequence[Metadata], jobs: Sequence[Job]) -> Tensor:
-    """The encoded prompts (B, L, D) of the jobs."""
-    return model.encoder.encode([captions[prompt]["prompt"] for prompt, _ in jobs])
-
-
-@torch.no_grad()
-def _decoded(decoder: Any, latents_BCTHW: Tensor) -> np.ndarray:
-    """Frames of a batch, sample by sample where a codec takes far more memory than a network.
-
-    The tiny codec takes none, and rounds otherwise one by one.
-    """
-    at_once = len(latents_BCTHW) if isinstance(decoder, CellCodec) else 1
-    return np.concatenate([to_pixels(decoder.decode(latents)) for latents in latents_BCTHW.split(at_once)])
+def _maker(
+    arguments: Namespace, config: Mapping[str, Any], captions: Sequence[Metadata], seed: int
+) -> tuple[Maker, dict[str, Any]]:
+    """What makes the frames, a student, the teacher or a control; and its sampler, its times and the device."""
+    control, frames = arguments.control, config["frames"]
+    by: dict[str, Any] = {"sampler": None, "sigma_max": None, "times": None, "device": "cpu"}
+    if control == "oracle":
+        return lambda jobs: _truth(captions, jobs, frames, seed), by
+    if control == "shuffled":
+        return lambda jobs: _truth(captions, _shuffled(captions, jobs, seed), frames, seed), by
+    device = config["inference"]["device"]
+    decoder, by["device"] = codec(config["codec"], arguments.codec, device=device), device_of(device).type
+    if control == "codec":
+        truth = lambda jobs: decoder.encode(from_pixels(_truth(captions, jobs, frames, seed)))  # noqa: E731
+        return lambda jobs: decoded(decoder, truth(jobs)), by
+    model = sampling(config, arguments.checkpoint, arguments.text, steps=arguments.steps)
+    return lambda jobs: decoded(decoder, model.draw(model.text(captions, jobs), jobs, seed=seed)), {**by, **model.facts}
 
 
 def _truth(captions: Sequence[Metadata], jobs: Sequence[Job], frames: int, seed: int) -> np.ndarray:
