@@ -7,9 +7,21 @@ from typing import Any
 import numpy as np
 
 from rcm.artefact import UserError
-from rcm.report.scores import CONTROLS, Estimate, Score, compare, difference, headline, in_order, ratio, reported
+from rcm.report.scores import (
+    CONTROLS,
+    Estimate,
+    Score,
+    compare,
+    difference,
+    headline,
+    in_order,
+    keys_of,
+    ratio,
+    reported,
+)
 
 FAMILIES = {"geneval": "GenEval", "vbench": "VBench", "shapeeval": "ShapeEval"}  # names of the evaluators' own scores
+MAIN = ("diversity.vendi",)  # stands for all measures of diversity where it is known, as it takes them together
 LAMBDAS = "rcm-lambda-"  # models distilled with so many times the scale's λ; one time is rcm, none at all is scm
 ROLLOUTS = {"rcm": ("rcm", "rcm-fixed-rollout"), "dmd": ("dmd-random-rollout", "dmd")}  # with random and fixed times
 
@@ -18,12 +30,15 @@ def by_medium(scores: Iterable[Score]) -> dict[str, list[Score]]:
     """Scores of images and of clips, in the order of tables.
 
     Raises UserError where those of a medium come from different evaluators or prompts, or students were sampled from
-    different σ_max: then their numbers do not belong on one axis.
+    different σ_max, or one is there twice: then their numbers do not belong on one axis.
     """
     found: dict[str, list[Score]] = {}
     for _, score in in_order(scores):
         found.setdefault(str(score["media"]), []).append(score)
     for medium, own in found.items():
+        models = [f"{score['model']} at {score['steps']} steps" for score in own]
+        if twice := sorted({model for model in models if models.count(model) > 1}):
+            raise UserError(f"there are two scores of {twice[0]} for {medium}; give one")
         _same(medium, "evaluators or prompts", map(_instrument, own))
         beside = {said for score in own if (said := _evaluator(score).get("diversity", {}).get("prompts_sha256"))}
         _same(medium, "prompts for diversity", (f"SHA-256 {said[:12]}" for said in beside))
@@ -66,6 +81,28 @@ def quality(scores: Sequence[Score]) -> str | None:
     return next((key for score in scores if (key := headline(score))), None)
 
 
+def overall(medium: str, scores: Sequence[Score]) -> str:
+    """The same, where there must be one."""
+    key = quality(scores)
+    if key is None:
+        raise UserError(f"none of the scores of {medium} has an overall score, such as geneval.overall or vbench.total")
+    return key
+
+
+def measures(scores: Iterable[Score]) -> list[str]:
+    """The measures of diversity that decide: the Vendi score, without one the distances of pairs and VBench-2.0's."""
+    found = keys_of(scores, "diversity")
+    return [key for key in MAIN if key in found] or found
+
+
+def grouped(scores: Iterable[Score]) -> dict[tuple[str, int], list[Score]]:
+    """Scores by method and number of steps: training seeds together, in the order of tables."""
+    groups: dict[tuple[str, int], list[Score]] = {}
+    for run, score in in_order(scores):
+        groups.setdefault((run.method, run.steps), []).append(score)
+    return groups
+
+
 def quality_name(key: str, score: Score | None = None) -> str:
     """ "GenEval overall", and with a score of it which evaluator: "GenEval (HF Mask2Former) overall"."""
     family, _, measure = key.partition(".")
@@ -93,17 +130,19 @@ def pooled(key: str, group: Sequence[Score]) -> Estimate | None:
     return compare(lambda mean: mean, key, group) or Estimate(float(np.mean([reported(s, key).value for s in group])))
 
 
+Groups = Mapping[tuple[str, int], Sequence[Score]]  # by method and number of steps, a score a training seed
+
+
 @dataclass(frozen=True)
-class Contrast:
+class Contrast(Estimate):
     """Two models compared; unpaired where scores hold no values by prompt, and without bounds where no intervals."""
 
-    estimate: Estimate
-    paired: bool
+    paired: bool = True
 
     @property
     def bounded(self) -> bool:
         """Whether there is an interval."""
-        return self.estimate.low == self.estimate.low
+        return self.low == self.low
 
 
 def contrast(key: str, a: Sequence[Score], b: Sequence[Score], *, relative: bool = False) -> Contrast | None:
@@ -114,9 +153,9 @@ def contrast(key: str, a: Sequence[Score], b: Sequence[Score], *, relative: bool
     """
     found = compare(ratio if relative else difference, key, a, b)
     if found is not None:
-        return Contrast(found, paired=True)
+        return Contrast(found.value, found.low, found.high)
     sides = [[reported(s, key) for s in side if s["metrics"].get(key, {}).get("value") is not None] for side in (a, b)]
-    if not all(sides):
+    if not all(sides) or (relative and any(side[0].value == 0 for side in sides)):
         return None
     (x, x_half), (y, y_half) = (
         (float(np.mean([e.value for e in side])), float(np.mean([(e.high - e.low) / 2 for e in side])))
@@ -124,4 +163,4 @@ def contrast(key: str, a: Sequence[Score], b: Sequence[Score], *, relative: bool
     )
     value = x / y if relative else x - y
     half = abs(value) * float(np.hypot(x_half / x, y_half / y)) if relative else float(np.hypot(x_half, y_half))
-    return Contrast(Estimate(value, value - half, value + half), paired=False)
+    return Contrast(value, value - half, value + half, paired=False)

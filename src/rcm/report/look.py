@@ -6,6 +6,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -25,6 +26,7 @@ COLORS = {  # Okabe and Ito's palette, told apart by readers with colour-blindne
     "rcm": "#009e73",
 }
 MARKERS = {"teacher": "*", "scm": "s", "dcm": "P", "meanflow": "X", "dmd": "^", "dmd2": "v", "rcm": "o"}
+NOT_OURS = "As printed in the paper"
 _STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 8,
@@ -103,8 +105,26 @@ def legend(methods: Iterable[str]) -> list[Line2D]:
     return made
 
 
+def teacher_legend(scores: Iterable[Score]) -> list[Line2D]:
+    """A handle for the bands of the teacher among the scores, with its number of steps."""
+    counts = sorted({int(score["steps"]) for score in scores if score["model"] == "teacher"})
+    return [Line2D([], [], color=INK, linewidth=0.9, label=f"Teacher, {count} steps") for count in counts]
+
+
+def band(ax: Axes, estimate: Estimate, color: str = INK) -> None:
+    """A number with its interval all across a panel."""
+    ax.axhline(estimate.value, color=color, linewidth=0.9, zorder=1)
+    if estimate.low == estimate.low:
+        ax.axhspan(estimate.low, estimate.high, color=color, alpha=0.08, linewidth=0, zorder=0)
+
+
+def grid(rows: int, columns: int, width: float, height: float) -> tuple[Figure, np.ndarray]:
+    """A figure of panels, which are so wide and high in inches."""
+    figure = Figure(figsize=(max(4.0, width * columns), 0.45 + height * rows), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
 def row_title(parts: Sequence[str], scores: Iterable[Score]) -> str:
     """What a row of panels is about: the parts, and the students' σ_max if their scores say it."""
-    starts = dict.fromkeys(f"σ_max {start:g}" for score in scores if (start := sigma_max(score)) is not None)
-    text = ", ".join([*parts, *starts])
-    return text[:1].upper() + text[1:] if parts else text
+    starts = (start for score in scores if (start := sigma_max(score)) is not None)
+    return ", ".join([*parts, *(rf"$\sigma_\mathrm{{max}}$ = {start:g}" for start in dict.fromkeys(starts))])

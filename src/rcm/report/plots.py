@@ -1,6 +1,5 @@
 """Figures of numbers: quality against diversity, the course of training, and rounding."""
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from rcm.artefact import UserError
 from rcm.report.compared import by_medium, is_variant, quality, quality_name
 from rcm.report.look import FAINT, bars, color_of, legend, mark, png, row_title, style
 from rcm.report.scores import CONTROLS, Run, Score, in_order, keys_of, label, reported, run_of
+from rcm.report.stored import noted
 
 
 def figure_quality_diversity(scores: Sequence[Score]) -> bytes:
@@ -46,7 +46,7 @@ def figure_quality_diversity(scores: Sequence[Score]) -> bytes:
                 else:
                     ax.set_axis_off()
             row[0].set_ylabel(quality_name(key, found[0][1]))
-            row[0].set_title(row_title([medium] if len(panels) > 1 else [], [score for _, score in found]))
+            row[0].set_title(row_title([medium.capitalize()] if len(panels) > 1 else [], [score for _, score in found]))
         runs = [run for _, _, found in panels for run, _ in found]
         handles = legend(run.method for run in sorted(runs, key=lambda r: r.order) if run.method not in CONTROLS)
         if any(run.method == "oracle" for run in runs):
@@ -95,11 +95,7 @@ def figure_training(metrics: Sequence[Path]) -> bytes:
     """Losses, tangent norm and gradient norms against the step; `metrics` are `.../{method}-{seed}/metrics.jsonl`."""
     runs: list[tuple[Run, list[dict[str, Any]]]] = []
     for path in metrics:
-        try:
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        except (OSError, ValueError) as error:
-            raise UserError(f"the metrics {path} cannot be read: {error}") from error
-        runs.append((run_of(path.absolute().parent.name, 0), rows))
+        runs.append((run_of(path.absolute().parent.name, 0), noted(path)))
     runs.sort(key=lambda pair: pair[0].order)
     with style():
         panels = [
