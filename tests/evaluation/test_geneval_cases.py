@@ -1,4 +1,4 @@
-"""GenEval's decision against cases worked out by hand from the written rules (geneval_cases.yaml), 20 a task or more."""
+"""GenEval's decision against cases worked out by hand from the written rules in geneval_cases.yaml."""
 
 from collections import Counter
 from collections.abc import Iterator

@@ -61,15 +61,15 @@ def relations(a: Box, b: Box) -> set[str]:
     }
 
 
-def _kept(metadata: Mapping[str, Any], detections: Sequence[Found]) -> dict[str, list[Found]]:
+def kept(metadata: Mapping[str, Any], detections: Sequence[Found]) -> dict[str, list[Found]]:
     """Detections above the task's threshold by class, best first, at most `MAX_OBJECTS` of each."""
     threshold = COUNTING_THRESHOLD if metadata["tag"] == "counting" else THRESHOLD
-    kept: dict[str, list[Found]] = {}
+    groups: dict[str, list[Found]] = {}
     for found in sorted(detections, key=lambda detection: -detection.score):
-        group = kept.setdefault(found.cls, [])
+        group = groups.setdefault(found.cls, [])
         if found.score > threshold and len(group) < MAX_OBJECTS:
             group.append(found)
-    return kept
+    return groups
 
 
 def judge(
@@ -80,12 +80,12 @@ def judge(
     Of each class that `include` names, the `count` most confident objects are judged. Other objects do no harm,
     unless `exclude` forbids that many of a class. `color_of` names the colour of a detection, one of those given.
     """
-    kept = _kept(metadata, detections)
+    seen_by_class = kept(metadata, detections)
     faults: list[str] = []
     groups: list[list[Found] | None] = []
-    for wanted in metadata["include"]:
+    for wanted in metadata.get("include", []):
         name, count = wanted["class"], wanted["count"]
-        found = kept.get(name, [])[:count]
+        found = seen_by_class.get(name, [])[:count]
         fault = None
         if len(found) < count:
             fault = f"expected {name} >= {count}, found {len(found)}"
@@ -109,7 +109,7 @@ def judge(
             faults.append(fault)
         groups.append(found if fault is None else None)
     for unwanted in metadata.get("exclude", []):
-        number = len(kept.get(unwanted["class"], []))
+        number = len(seen_by_class.get(unwanted["class"], []))
         if number >= unwanted["count"]:
             faults.append(f"expected {unwanted['class']} < {unwanted['count']}, found {number}")
     return not faults, "\n".join(faults)

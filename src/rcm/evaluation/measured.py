@@ -85,6 +85,8 @@ def _check(path: Path, header: Mapping[str, Any], what: str) -> None:
         raise UserError(
             f"{path} is of version {header.get('version')!r}, expected {VERSION!r}; measure again with this version"
         )
+    if not isinstance(header.get("by"), dict) or not isinstance(header["by"].get("name"), str):
+        raise UserError(f"{path} does not say under 'by' who measured; measure again")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

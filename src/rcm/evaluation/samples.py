@@ -118,30 +118,36 @@ def read_sampling(folders: Sequence[str | Path]) -> dict[str, Any] | None:
     return said[0] if said else None
 
 
-def missing(expected: Expected, found: Iterable[str], allow_missing: bool = False) -> list[str]:
+def missing(expected: Expected | None, found: Iterable[str], allow_missing: bool = False) -> list[str]:
     """Names of the samples that should be there and are not, by prompt and number.
 
     Args:
-        found: names such as `00012/samples/0003.png`; how many zeros they have does not matter.
+        expected: None asks for as many samples of every prompt that was found as the fullest of them has.
+        found: names such as `00012/samples/0003.png`; where numbers begin and how many zeros they have is free.
         allow_missing: return the names; otherwise missing samples are a UserError with their number.
     """
-    there: set[tuple[int, int]] = set()
+    there: dict[int, set[int]] = {}
     suffix = "png"
     for name in found:
         match = _NAME.fullmatch(name)
-        if match is None or int(match[1]) >= len(expected.prompts):
-            raise UserError(
-                f"{name} is no sample of the {len(expected.prompts)} prompts; check which prompts are meant"
-            )
-        there.add((int(match[1]), int(match[2])))
+        if match is None:
+            raise UserError(f"{name} is no name of a sample, such as 00012/samples/0003.png")
+        if expected and int(match[1]) >= len(expected.prompts):
+            raise UserError(f"{name} is of none of the {len(expected.prompts)} prompts; check which prompts are meant")
+        there.setdefault(int(match[1]), set()).add(int(match[2]))
         suffix = match[3]
-    wanted = [(prompt, number) for prompt in range(len(expected.prompts)) for number in range(expected.of(prompt))]
-    lacking = [
-        f"{prompt:05d}/samples/{number:04d}.{suffix}" for prompt, number in wanted if (prompt, number) not in there
-    ]
+    if expected:
+        counts = {prompt: expected.of(prompt) for prompt in range(len(expected.prompts))}
+    else:
+        counts = dict.fromkeys(sorted(there), max(map(len, there.values()), default=0))
+    lacking = []
+    for prompt, count in counts.items():
+        own = there.get(prompt, set())
+        absent = [number for number in range(count) if number not in own][: max(0, count - len(own))]
+        lacking += [f"{prompt:05d}/samples/{number:04d}.{suffix}" for number in absent]
     if lacking and not allow_missing:
         raise UserError(
-            f"{len(lacking)} of {len(wanted)} samples are missing, the first {lacking[0]}; "
+            f"{len(lacking)} of {sum(counts.values())} samples are missing, the first {lacking[0]}; "
             "sample them, or allow missing samples (evaluation.allow_missing=true)"
         )
     return lacking
@@ -149,8 +155,13 @@ def missing(expected: Expected, found: Iterable[str], allow_missing: bool = Fals
 
 def check_prompt(expected: Expected, prompt: int, metadata: Mapping[str, Any], where: str | Path) -> None:
     """Raise UserError unless a sample's metadata are those of its prompt."""
-    if prompt >= len(expected.prompts) or metadata != expected.prompts[prompt]:
-        raise UserError(f"{where}: prompt {prompt} is {metadata.get('prompt')!r} there, not that of the prompt file")
+    if prompt >= len(expected.prompts):
+        raise UserError(f"{where} is of none of the {len(expected.prompts)} prompts; check which prompts are meant")
+    if metadata != expected.prompts[prompt]:
+        raise UserError(
+            f"{where} was made from {metadata.get('prompt')!r}, but prompt {prompt} of the file is "
+            f"{expected.prompts[prompt].get('prompt')!r} or has other metadata; give the prompts that were sampled"
+        )
 
 
 def read_frames(path: str | Path, frames: int | None = None) -> np.ndarray:

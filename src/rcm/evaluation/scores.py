@@ -6,6 +6,7 @@ leaves the motion out. `shapebench`, `fidelity`, `diversity`, `prior` and `pixel
 """
 
 import hashlib
+import importlib.metadata
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,13 +20,22 @@ from rcm.data.prompts import TASKS, Metadata, to_jsonl
 from rcm.evaluation import diversity, shapebench, shapes
 from rcm.evaluation.bootstrap import interval
 from rcm.evaluation.geneval import THRESHOLD, judge
-from rcm.evaluation.samples import PromptSamples, list_samples, read_frames
+from rcm.evaluation.samples import (
+    Expected,
+    PromptSamples,
+    check_prompt,
+    list_samples,
+    missing,
+    read_frames,
+    read_sampling,
+)
 from rcm.evaluation.shapebench import Clip
 
 VERSION = "1"  # of the evaluator as a whole: scores of different versions do not compare
 KINDS = {"shapeeval": "substituted_model", "shapeeval_frames": "substituted_model"}
-OVERALL = ("shapeeval", "shapeeval_frames")  # families with an overall score, the mean of the tasks' means
+OVERALL = ("shapeeval", "shapeeval_frames", "geneval")  # families with an overall score, the mean of the tasks' means
 FAMILIES = (*OVERALL, "shapebench", "fidelity", "diversity", "prior", "pixels")
+_PACKAGES = ("numpy", "opencv-python-headless")  # on which the numbers depend
 
 
 @dataclass(frozen=True)
@@ -68,6 +78,8 @@ def evaluate(
     media: str,
     model: str,
     steps: int,
+    expected: Expected | None = None,
+    allow_missing: bool = False,
     resamples: int = 1000,
     seed: int = 0,
 ) -> Evaluation:
@@ -78,45 +90,58 @@ def evaluate(
         diversity_samples: folders with the parts of the diversity suite, if it was sampled.
         media: images | clips.
         model, steps: who made the samples; only passed on.
+        expected: the suite's prompts and numbers of samples; without, all prompts must have the same number.
+        allow_missing: score what there is and name the rest; otherwise missing samples are a UserError.
         resamples, seed: of the bootstrap over prompts.
     """
-    prompts = list_samples(samples)
+    found = list_samples(samples)
+    for item in found:
+        _check_caption(item, expected)
+    lacking = missing(expected, [item.name(path) for item in found for path in item.paths], allow_missing)
     results: list[dict[str, Any]] = []
-    rows = [_of_prompt(item, media, results) for item in prompts]
-    tags = [item.metadata["tag"] for item in prompts]
-    per_prompt: dict[str, list[Any]] = {"tag": tags, **_columns(rows)}
+    rows = {item.index: _of_prompt(item, media, results) for item in found}
+    prompts = {item.index: item.metadata for item in found} if expected is None else dict(enumerate(expected.prompts))
+    tags = [metadata["tag"] for metadata in prompts.values()]
+    per_prompt: dict[str, list[Any]] = {"tag": tags, **by_prompt(rows, prompts)}
     for family in OVERALL:
         if f"{family}.overall" in per_prompt:
-            for task in [task for task in TASKS if task in tags]:
-                whole = per_prompt[f"{family}.overall"]
-                per_prompt[f"{family}.{task}"] = [
-                    x if tag == task else None for x, tag in zip(whole, tags, strict=True)
-                ]
+            per_prompt |= of_tasks(family, per_prompt[f"{family}.overall"], tags)
     evaluator: dict[str, Any] = {
+        "name": "ShapeEval",
         "version": VERSION,
         "detector": f"{shapes.ShapeDetector.__name__} {shapes.SLOPE} {shapes.OFFSET}",
-        "prompts_sha256": _sha256(prompts),
+        "device": "cpu",
+        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "known": None,
+        "prompts_sha256": sha256_of(prompts.values()),
+        "prompts_file": None,
+        "sampling": read_sampling(samples),
+        "missing": lacking,
+        "paper": None,
         "bootstrap": {"resamples": resamples, "seed": seed},
     }
     if diversity_samples:
         others = list_samples(diversity_samples)
-        found = [_diversity(item, media, seed) for item in others]
-        per_prompt |= _columns([values for values, _ in found])
+        for item in others:
+            _check_caption(item)
+        diverse = [_diversity(item, media, seed) for item in others]
+        per_prompt |= _columns([values for values, _ in diverse])
         evaluator["diversity"] = {
-            "prompts_sha256": _sha256(others),
+            "prompts_sha256": sha256_of(item.metadata for item in others),
+            "sampling": read_sampling(diversity_samples),
             "samples": sum(len(item.paths) for item in others),
-            "satisfying": [count for _, count in found],
+            "satisfying": [count for _, count in diverse],
             "minimum": diversity.MINIMUM,
         }
     metrics = {
-        key: _metric(key, per_prompt[key], tags, resamples=resamples, seed=seed)
+        key: metric(key, per_prompt[key], tags, _kind(key), resamples=resamples, seed=seed)
         for key in sorted(per_prompt.keys() - {"tag"}, key=_order(per_prompt))
     }
     scores = {
         "model": model,
         "steps": steps,
         "media": media,
-        "n_prompts": len(prompts),
+        "n_prompts": len(rows),
         "n_samples": len(results),
         "metrics": metrics,
         "evaluator": evaluator,
@@ -131,8 +156,35 @@ def _order(keys: Iterable[str]) -> Callable[[str], tuple[int, int]]:
     return lambda key: (FAMILIES.index(key.partition(".")[0]), place[key])
 
 
-def _sha256(prompts: Iterable[PromptSamples]) -> str:
-    return hashlib.sha256(to_jsonl(item.metadata for item in prompts).encode()).hexdigest()
+def sha256_of(prompts: Iterable[Mapping[str, Any]]) -> str:
+    """SHA-256 of the file of these prompts."""
+    return hashlib.sha256(to_jsonl(prompts).encode()).hexdigest()
+
+
+def _check_caption(item: PromptSamples, expected: Expected | None = None) -> None:
+    """Raise UserError unless a prompt can be judged, and is the one that the suite has."""
+    where = item.paths[0].parents[1] / "metadata.jsonl"
+    if "tag" not in item.metadata:
+        raise UserError(
+            f"{where} has a prompt but no tag, so nothing says what it asks for; expected GenEval's metadata"
+        )
+    if expected is not None:
+        check_prompt(expected, item.index, item.metadata, where)
+
+
+def by_prompt(rows: Mapping[int, Mapping[str, float | None]], prompts: Iterable[int]) -> dict[str, list[float | None]]:
+    """Columns of the rows, for all the prompts: None where a prompt has no row."""
+    nothing: dict[str, float | None] = dict.fromkeys(next(iter(rows.values())))
+    return _columns([rows.get(index, nothing) for index in prompts])
+
+
+def of_tasks(family: str, overall: Sequence[float | None], tags: Sequence[str]) -> dict[str, list[float | None]]:
+    """The columns FAMILY.TASK: what the column FAMILY.overall holds of the task's prompts."""
+    return {
+        f"{family}.{task}": [x if tag == task else None for x, tag in zip(overall, tags, strict=True)]
+        for task in TASKS
+        if task in tags
+    }
 
 
 def _columns(rows: Sequence[Mapping[str, float | None]]) -> dict[str, list[float | None]]:
@@ -195,10 +247,14 @@ def _diversity(item: PromptSamples, media: str, seed: int) -> tuple[dict[str, fl
     return diversity.of_prompt(good, item.metadata, seed), len(good)
 
 
-def _metric(key: str, values: Sequence[float | None], tags: Sequence[str], **options: Any) -> dict[str, Any]:
+def _kind(key: str) -> str:
     family, _, name = key.partition(".")
+    return shapebench.KINDS[name] if family == "shapebench" else KINDS.get(family, "analogue")
+
+
+def metric(key: str, values: Sequence[float | None], tags: Sequence[str], kind: str, **options: Any) -> dict[str, Any]:
+    """An entry of a score JSON's metrics, by the bootstrap over prompts with `options`."""
     found = interval(values, strata_of(key, tags), **options)
-    kind = shapebench.KINDS[name] if family == "shapebench" else KINDS.get(family, "analogue")
     numbers: dict[str, float | None] = {"value": None, "low": None, "high": None, "n_prompts": 0}
     if found is not None:
         numbers = {"value": found.value, "low": found.low, "high": found.high, "n_prompts": found.count}
