@@ -12,8 +12,10 @@ import pytest
 
 from rcm.artefact import UserError
 from rcm.evaluation.scores import evaluate
+from rcm.report.panels import panels
+from rcm.report.rows import from_csv, to_csv
 from rcm.report.scores import CONTROLS
-from rcm.report.tables import from_csv, make_table, panels, to_csv
+from rcm.report.tables import make_table
 
 Scores = dict[str, list[dict[str, Any]]]
 

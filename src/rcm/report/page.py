@@ -17,8 +17,9 @@ from PIL import Image
 from rcm.artefact import UserError, read_json
 from rcm.report.figures import chosen_prompts, sample_runs
 from rcm.report.findings import findings
+from rcm.report.panels import heading, panels
+from rcm.report.rows import from_csv
 from rcm.report.scores import CONTROLS, Estimate, Run, Score, compare, in_order, number, ratio, reported, run_of
-from rcm.report.tables import SUBJECTS, from_csv, panels
 
 FRAME_MS = 160  # of a clip on the page
 CAPTIONS = {
@@ -71,7 +72,8 @@ def report_page(
             raise UserError(f"{folder} is no folder; give the folders of results and data, such as results/tiny")
     found = {path.stem: path for path in _files(folders, "tables/*.csv")}
     others = {name for name, medium in MEDIA.items() if medium not in _mediums(scores)}
-    tables = {name: panels(from_csv(found[name].read_text("utf-8"))) for name in sorted(found.keys() - others)}
+    kept = {name: found[name] for name in sorted(found.keys() - others)}
+    tables = {name: panels(from_csv(path.read_text("utf-8"), path)) for name, path in kept.items()}
     figures = {path.stem: path for path in _files(folders, "figures/*.png")}
     runs, records = (
         [said for said in map(read_json, _files(folders, pattern)) if _belongs(said["stage"], said["artefact"], scores)]
@@ -89,7 +91,7 @@ def report_page(
         number=number,
         lead=_lead(scores),
         media=_media(scores),
-        tables=[(name, SUBJECTS.get(name, name), made) for name, made in tables.items()],
+        tables=[(name, heading(name), made) for name, made in tables.items()],
         figures={name: _picture(path) for name, path in figures.items()},
         clips=_clips(folders, scores),
         configuration=configuration,

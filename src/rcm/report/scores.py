@@ -37,6 +37,10 @@ LABELS = {
     "color_distance": "Colour distance",
     "pixels.distance": "Pixel distance",
     "psnr": "PSNR",
+    "clip_distance": "CLIP distance",
+    "dino_distance": "DINO distance",
+    "vbench2": "VBench-2.0",
+    "cer": "CER",
 }
 
 

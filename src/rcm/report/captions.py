@@ -1,0 +1,175 @@
+"""Captions of panels: what the numbers are and are not, and where they are from."""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from rcm.report.rows import COMPARED, Line, Lines, Row
+
+_WEIGHED = "16 dimensions, normalised and weighed as VBench does"
+ABOUT = {  # evaluators, and what their numbers are not
+    "GenEval (HF Mask2Former)": "The detector is transformers' Mask2Former, by another training run than GenEval's own "
+    "(mmdet): these are not GenEval (mmdet) numbers, least of all in counting, where a detection needs a score of 0.9.",
+    "GenEval (mmdet)": "Judged by the official evaluator in its own environment.",
+    "VBench (official code)": f"Measured by the official code; {_WEIGHED}.",
+    "VBench-Long (official code)": "Measured by the official code for clips of 5 s and more, which cuts them into "
+    f"parts, so not comparable with VBench; {_WEIGHED}.",
+    "VBench (native part)": "Only what is implemented here; without the other dimensions there is no total.",
+}
+NOT_REPRODUCED = "not reproduced: the TI2V network is not part of this version"
+
+
+def how(row: Row) -> str:
+    """Samples and intervals."""
+    each, rest = divmod(int(row.n_samples), max(1, int(row.n_prompts)))
+    count = f"{row.n_prompts} prompts, {row.n_samples} samples{'' if rest else f' ({each} each)'}"
+    return f"{count}. {_brackets(row)} {ABOUT.get(row.evaluator, '')}".strip()
+
+
+def _brackets(row: Row) -> str:
+    return f"Brackets are 95 % bootstrap intervals over prompts{f' ({row.bootstrap})' if row.bootstrap else ''}."
+
+
+def shapeeval(own: Lines, row: Row) -> str:
+    """Of the tiny world's headline."""
+    each = int(row.n_samples) / max(1, int(row.n_prompts))
+    return (
+        f"GenEval's protocol in a world of coloured shapes: {row.n_prompts} prompts with {each:g} samples each, "
+        f"the same initial noise for every model; overall is the mean of the six tasks. "
+        f"{_brackets(row)} {kinds(own, ['shapeeval.overall'])}"
+    )
+
+
+def geneval(row: Row) -> str:
+    """Of GenEval's headline."""
+    return f"Share of correct images; overall is the mean of the six tasks. {how(row)}"
+
+
+def vbench(row: Row) -> str:
+    """Of VBench's headline."""
+    said = f"Fractions; total is 0.8 quality + 0.2 semantic. {how(row)}"
+    return f"{said} In totals a missing dimension counts as raw 0." if row.missing else said
+
+
+def small_text(row: Row) -> str:
+    """Of the text that was read back."""
+    return (
+        "Prompts with a word in them, which is read back from the samples. Character error rate (CER): edits from what "
+        "is read to what is wanted, as a share of the latter's length; less is better. The paper has no such number: "
+        f"its project page shows pictures. {how(row)}"
+    )
+
+
+def diversity(measured: Lines, keys: Sequence[str], row: Row, first: Row) -> str:
+    """Of diversity, whose samples and models are its own."""
+    if "diversity.clip_distance" in keys or "diversity.vbench2" in keys:
+        text = (
+            "Over samples of one prompt, beside the quality of the same model with the same sampler: noise and broken "
+            "samples are diverse too. Distances are means over pairs of the first 8 samples of 1 − cosine of CLIP and "
+            "DINOv2 features; VBench-2.0's measure compares VGG-19 features of all samples."
+        )
+    else:
+        text = (
+            "Over samples of one prompt, on what the caption leaves open; only samples that satisfy the caption count. "
+            "Vendi is the effective number of different samples among eight, entropies are in bits. The pixel distance "
+            "is secondary: noise raises it. Quality stands beside, by the same sampler."
+        )
+    if row.n_samples:
+        text += f" {row.n_prompts} prompts, {row.n_samples} samples"
+        text += f", prompts' SHA-256 {row.prompts_sha256[:12]}." if row.prompts_sha256 else "."
+    if row.models and row.models != first.models:
+        text += f" Models: {short(row.models)}."
+    sigma = _by_value(measured, lambda row: row.sigma_max)
+    return " ".join(filter(None, (text, f"σ_max: {sigma}." if sigma else "", kinds(measured, keys))))
+
+
+def speed(speeds: Mapping[Line, Row]) -> str:
+    """On what the frames per second were timed."""
+    devices = sorted({row.device for row in speeds.values()})
+    precisions = _and(sorted({row.sampled for row in speeds.values() if row.sampled}))
+    where = f"on {devices[0]}" if len(devices) == 1 else "on the device beside it, so not to be compared across devices"
+    return f"Frames/s: batch 1, sampling and decoding{f', {precisions}' if precisions else ''}, {where}."
+
+
+def beside(row: Row) -> str:
+    """Of measured scores beside the paper's."""
+    about = (
+        f"Measured − published, of the {row.params} model at the numbers of steps that the paper has. "
+        "Intervals cover the draw of prompts, not training."
+    )
+    if row.table == "table1":
+        detector = " The detector here is not GenEval's own." if "Mask2Former" in row.evaluator else ""
+        return f"{about} Fractions; the paper rounds to 0.01 and states neither its seeds nor its detector.{detector}"
+    return (
+        f"{about} Percent, as the paper prints. It names neither the file of its GPT-4o-augmented prompts nor which of "
+        "VBench and VBench-Long it took; a later test of the 1.3B teacher by its authors is lower by 0.24 in total."
+    )
+
+
+# --- Where numbers are from ---------------------------------------------------------------------------------------
+
+
+def apart(row: Row, other: Row, name: str) -> str:
+    """Why two groups are no columns of one panel."""
+    differing = [words for column, words in COMPARED.items() if getattr(row, column) != getattr(other, column)]
+    return f"Not comparable with group {name}, which differs in {_and(differing)}."
+
+
+def _and(words: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
+
+
+def short(text: str) -> str:
+    """Hashes by their first twelve digits."""
+    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{28,52}\b", r"\1", text)
+
+
+def _by_value(own: Lines, value: Callable[[Row], str], every: bool = False) -> str:
+    """ "1600" if all lines agree, else "1600 (rCM, DMD2), 5000 (Teacher)"; `every`: with names in any case."""
+    said: dict[str, list[Line]] = defaultdict(list)
+    for line, found in own.items():
+        text = value(next(iter(found.values())))
+        if text and line.seed != "mean":
+            said[text].append(line)
+    if len(said) == 1 and not every:
+        return next(iter(said))
+    seeds = {line.model for line in own if line.seed == "mean"}
+    values = Counter(who for lines in said.values() for who in {(line.model, line.seed) for line in lines})
+    parts = []
+    for text, lines in said.items():
+        names = dict.fromkeys(
+            line.name
+            + f" (seed {line.seed})" * (line.model in seeds)
+            + f" at {line.steps}" * (values[line.model, line.seed] > 1)
+            for line in lines
+        )
+        parts.append(f"{text} ({', '.join(names)})")
+    return ", ".join(parts)
+
+
+def provenance(own: Lines, row: Row) -> str:
+    """Evaluator, prompts, sampling and checkpoints of a group, for its caption."""
+    evaluator = f"Evaluator: {row.evaluator}, version {row.version}"
+    evaluator += f"; {short(row.models)}" if row.models else ""
+    devices = _by_value(own, lambda row: ", ".join(filter(None, (row.device, row.versions))))
+    evaluator += f"; on {devices}" if devices else ""
+    evaluator += f"; GPUs: {row.gpus}" if row.gpus else ""
+    sampled = _by_value(own, lambda row: row.sampled)
+    sigma = _by_value(own, lambda row: row.sigma_max)
+    hashes = _by_value(own, lambda row: row.checkpoint_sha256[:12], every=True)
+    facts = {
+        "Protocol": row.protocol,
+        "Known-image check": row.known or ("none" if row.evaluator.startswith("GenEval") else ""),
+        "Prompts": ", ".join(filter(None, (row.prompts_file, f"SHA-256 {row.prompts_sha256[:12] or 'unknown'}"))),
+        "Sampling": sampled or ("" if row.evaluator == "ShapeEval" else "not noted with the samples"),
+        "σ_max": sigma,
+        "Checkpoints (SHA-256)": hashes,
+        "Missing": row.missing,
+    }
+    return " ".join([f"{evaluator}.", *(f"{name}: {fact}." for name, fact in facts.items() if fact)])
+
+
+def kinds(own: Lines, keys: Iterable[str]) -> str:
+    """How near measures are to those they are named after."""
+    found = {found[key].kind.replace("_", " ") for key in keys for found in own.values() if key in found} - {""}
+    return f"Kind: {', '.join(sorted(found))}." if found else ""
