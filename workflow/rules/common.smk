@@ -11,6 +11,7 @@ from pathlib import Path
 try:
     from rcm.artefact import UserError
     from rcm.cli.config import OF_A_MEDIUM, compose, options, read_schema, several, stored, validate
+    from rcm.cli.evaluators import OFFICIAL, WEIGHTS, subject
     from rcm.cli.sources import code_digest
     from rcm.tree import config_dir
 except ImportError as error:
@@ -42,7 +43,8 @@ def plain(value):
     return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
-NEEDS = {"table2": {"clips"}, "figure_clips": {"clips"}, "figure_training": set()}  # media; the others: images
+# media that a table or figure is made of; the others take those that there are, the first where it has to be one
+NEEDS = {"table1": {"images"}, "table2": {"clips"}, "figure_samples": {"images"}, "figure_clips": {"clips"}}
 
 
 def media_of(scale):
@@ -60,7 +62,7 @@ def check_pipeline():
             f"in config/experiment/, {', '.join(scales)}"
         )
     for name in (*config["tables"], *config["figures"]):
-        if lacking := NEEDS.get(name, {"images"}) - {*media_of(config["scale"])}:
+        if lacking := NEEDS.get(name, set()) - {*media_of(config["scale"])}:
             key = "tables" if name in config["tables"] else "figures"
             raise UserError(
                 f"configuration key '{key}' contains {json.dumps(name)}, which is made of {', '.join(lacking)}; the "
@@ -71,12 +73,6 @@ def check_pipeline():
         raise UserError(
             f"configuration key 'clips' is {json.dumps(config['clips'])}; allowed: all, or one of methods "
             f"({', '.join(config['methods'])}); or leave out {' and '.join(sorted(clips))}"
-        )
-    lacking = {"oracle", "shuffled"} - {*config["controls"]}
-    if config["tables"] and lacking:
-        raise UserError(
-            f"configuration key 'controls' is {json.dumps(config['controls'])}; allowed where tables are built: lists "
-            f"with oracle and shuffled, by which a table is trusted or refused; missing: {', '.join(sorted(lacking))}"
         )
     shards, parts = (config["scatter"][name] for name in ("synthesize", "embed"))
     if shards % parts:
@@ -98,6 +94,26 @@ def tree(*words):
     return compose(words)
 
 
+def check_controls(scorer):
+    """Tables of the tiny world are trusted, or refused, by their controls; real prompts have no ground truth."""
+    lacking = {"oracle", "shuffled"} - {*config["controls"]}
+    if scorer == "shapes" and config["tables"] and lacking:
+        raise UserError(
+            f"configuration key 'controls' is {json.dumps(config['controls'])}; allowed where tables are built: lists "
+            f"with oracle and shuffled, by which a table is trusted or refused; missing: {', '.join(sorted(lacking))}"
+        )
+    if scorer != "shapes" and config["controls"]:
+        raise UserError(
+            f"configuration key 'controls' is {json.dumps(config['controls'])}; allowed at the scale {config['scale']}: "
+            "[], for its prompts have no ground truth"
+        )
+    if scorer == "shapes" and "table_text" in config["tables"]:
+        raise UserError(
+            "configuration key 'tables' contains \"table_text\"; allowed at the scale tiny: those without it, for the "
+            "tiny world has no letters"
+        )
+
+
 def check_trees():
     """Compose the tree of every medium and method, so that a mistake there shows at once, and compare it with steps."""
     shared = {}
@@ -111,12 +127,7 @@ def check_trees():
                 f"configuration key 'steps' contains {refused[0]}; allowed: up to {times} steps for {media}, one more than "
                 "sampler.mid_times has entries, and 8"
             )
-        scored = [*config["tables"], *({"figure_quality_diversity"} & {*config["figures"]})]
-        if composed["codec"]["kind"] != "cells" and scored:
-            raise UserError(
-                f"the scale {config['scale']} has no {scored[0]}: samples of real models are not scored yet; allowed: "
-                "tables [] and figures without figure_quality_diversity"
-            )
+        check_controls(composed["evaluation"]["scorer"])
         for name in composed["checkpoints"].keys() - {*OF_A_MEDIUM}:
             if shared.setdefault(name, composed["checkpoints"][name]) != composed["checkpoints"][name]:
                 raise UserError(
@@ -176,20 +187,27 @@ READS = {
     "sample student": (*SAMPLE, *DRAWN, "suites.{suite}", "inference.format"),
     "sample teacher": (*SAMPLE, *DRAWN, "network", "teacher", "suites.{suite}", "inference.format"),
     "sample control": (*SAMPLE, "suites.{suite}", "inference.format"),
-    "evaluate": ("media", "evaluation.bootstrap"),
+    "measure": ("media", "inference.device"),
+    "official": ("media", "suites.report", "evaluation.scorer", "evaluation.allow_missing"),
+    "evaluate": ("media", "evaluation"),
+    "throughput": (*SAMPLE, *DRAWN, "network", "teacher", "evaluation.throughput"),
     "precision": (*SAMPLE, "network", "teacher", "suites.{suite}.seed", "evaluation.precision"),
-    "table": ("evaluation.oracle_at_least", "evaluation.floor_at_most"),
+    "table": ("evaluation",),
     "report": ("",),
 }
-# ... except for these, which change no weights
+# ... except for these, which change no weights and no scores
 FREE = {
+    "evaluate": {
+        "evaluation": ("precision", "throughput", "known_at_least", "oracle_at_least", "floor_at_most"),
+    },
+    "table": {"evaluation": ("precision", "throughput", "known_at_least", "bootstrap")},
     "distill": {
         "distillation": ("state_every", "preview_every", "profile", "wandb"),
         "parallel": (
             *("device", "replicate", "shard", "context", "recompute", "tangent_pass", "micro_batch"),
             *("offload_teacher", "compile", "workers", "timeout"),
         ),
-    }
+    },
 }
 
 
@@ -253,6 +271,10 @@ BIG = FIRST["codec"]["kind"] != "cells"  # a scale of real models
 ENCODED = "text" in CHECKPOINTS  # by an encoder that has weights, before the prompts are used
 
 
+SCORER = FIRST["evaluation"]["scorer"]  # the same for all media of a scale
+ENDING = "jsonl" if SCORER == "geneval-mmdet" else "json"  # of an official evaluator's results
+
+
 def sized(tiny, big):
     """A resource of a rule, at the scale tiny and at those of real models (one sample at 480p, 14B at most)."""
     return big if BIG else tiny
@@ -272,6 +294,12 @@ def prompt_file(wildcards):
     """The downloaded file that a suite takes its prompts from; none where they are drawn."""
     name = tree(*chosen(wildcards), *config["overrides"])["suites"][wildcards.suite].get("file")
     return fetched(name) if name else []
+
+
+def of_vbench(wildcards, name):
+    """A file that VBench's prompts come with, for the suite that it scores; none for other suites and prompts."""
+    listed = prompt_file(wildcards) and wildcards.suite == "report" and name in CHECKPOINTS
+    return fetched(name) if listed else []
 
 
 def texts(suite):
@@ -300,6 +328,62 @@ def scores(media, kind="models"):
     return [f"<results>/{media}/scores/{name}.json" for name in names]
 
 
+def parts(kind, suite):
+    """What there is of a model's parts of a suite, `samples` or `measured`, for rules with the wildcards media, model."""
+    ending = {"samples": "", "measured": ".jsonl"}[kind]
+    folder = {"samples": "<data>", "measured": "<results>"}[kind]
+    pattern = f"{folder}/{{media}}/{kind}/{{model}}/{suite}/{{scatteritem}}{ending}"
+    return getattr(gather, suite)(pattern, allow_missing=True)
+
+
+def elsewhere(python, needs):
+    """For shell: say in one sentence where an environment of Snakemake's lacks, `needs` being a module of it."""
+    return (
+        f'"${{{{CONDA_PREFIX:-}}}}/bin/python" -c "import {needs}" 2> /dev/null || {{{{ echo "{python}: error: there is no '
+        f'{needs} here: call snakemake with --sdm conda, which makes its environment from workflow/envs/"; exit 1; }}}}; '
+    )
+
+
+def by(*scorers):
+    """Whether one of these scores what there is."""
+    return SCORER in scorers
+
+
+def given(wildcards, input):
+    """For params: each named input that there is as an option of its name."""
+    return " ".join(f"--{name} {files}" for name, files in input.items() if files)
+
+
+def weights(suite):
+    """The weights that look at the samples of a suite, NAME: FILE."""
+    return {name: fetched(name) for name in WEIGHTS[subject(SCORER, suite)]}
+
+
+def texts_read(media):
+    """Scores of the small text of a medium's models."""
+    return [f"<results>/{media}/text/{name}.json" for name in models(media)]
+
+
+def throughputs(media):
+    """How fast the models of a medium sample."""
+    return [f"<results>/{media}/throughput/{name}.json" for name in models(media)] if media in MEDIA else []
+
+
+def ablation(*methods, steps):
+    """Scores of the teacher and of the first students by some methods, and these students' metrics."""
+    media, names = MEDIA[0], [f"{method}-{config['seeds'][0]}" for method in methods]
+    scored = [models(media)[0], *(f"{name}-{k}" for name in names for k in steps)]
+    return [
+        *(f"<results>/{media}/scores/{name}.json" for name in scored),
+        *(f"<data>/{media}/{name}/metrics.jsonl" for name in names),
+    ]
+
+
+def most_steps():
+    """The number of steps at which objectives are compared."""
+    return max([steps for steps in config["steps"] if steps <= 4] or config["steps"])
+
+
 def samples(media):
     """Folders of samples of the models, suite `report`."""
     pattern = gather.report("<data>/{media}/samples/{model}/report/{scatteritem}", allow_missing=True)
@@ -308,5 +392,5 @@ def samples(media):
 
 def precisions():
     """Files of rounding errors: of the teacher, and of rCM's first student where there is one."""
-    names = ["teacher", *(name for name in students("images") if name.startswith("rcm-"))][:2]
-    return [f"<results>/images/precision/{name}.json" for name in names]
+    rcm = [f"rcm-{seed}" for seed in config["seeds"] if f"rcm-{seed}" in students(MEDIA[0])]
+    return [f"<results>/{MEDIA[0]}/precision/{name}.json" for name in ["teacher", *rcm[:1]]]

@@ -1,7 +1,9 @@
 # Data: prompts, their encoding, and latents that a teacher makes of them.
 rule prompts:
     input:
-        prompt_file,
+        source=prompt_file,
+        names=lambda wildcards: of_vbench(wildcards, "prompts_names"),
+        info=lambda wildcards: of_vbench(wildcards, "prompts_info"),
     output:
         "<data>/{media}/prompts/{suite}.jsonl",
     log:
@@ -16,11 +18,11 @@ rule prompts:
         cfg=numbers("prompts"),
         code=code("prompts"),
         overrides=overrides("prompts"),
-        source=lambda wildcards, input: f"--source {input}" if input else "",
+        given=given,
     message:
         "Prepare the prompts `{wildcards.suite}` for {wildcards.media}"
     shell:
-        "python -m rcm prompts {params.overrides} {params.source} --out {output} > {log} 2>&1"
+        "python -m rcm prompts {params.overrides} {params.given} --out {output} > {log} 2>&1"
 
 
 if ENCODED:

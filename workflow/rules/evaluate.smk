@@ -104,6 +104,7 @@ rule precision:
     resources:
         mem_mb=sized(1000, 128000),
         runtime=sized(30, 720),
+        gpu=sized(0, 1),
     params:
         cfg=numbers("precision", suite="dev"),
         code=code("precision"),
@@ -118,13 +119,17 @@ rule precision:
 
 rule evaluate:
     input:
-        samples=gather.report("<data>/{media}/samples/{model}/report/{scatteritem}", allow_missing=True),
+        # of those that an official evaluator has looked at, how they were made
+        samples=parts("samples", "report") if by("shapes", *OFFICIAL) else [],
+        measured=[] if by("shapes", "geneval-mmdet") else parts("measured", "report"),
+        official=f"<results>/{{media}}/official/{{model}}.{ENDING}" if by(*OFFICIAL) else [],
         # the diversity of ground truth is the most there can be; of the other controls it says nothing
         diversity=branch(
             lambda wildcards: wildcards.model in ("codec-0", "shuffled-0"),
             then=[],
-            otherwise=gather.diversity("<data>/{media}/samples/{model}/diversity/{scatteritem}", allow_missing=True),
+            otherwise=parts("samples" if by("shapes") else "measured", "diversity"),
         ),
+        prompts="<data>/{media}/prompts/report.jsonl",
     output:
         scores="<results>/{media}/scores/{model}.json",
         results="<results>/{media}/scores/{model}.results.jsonl",
@@ -134,15 +139,49 @@ rule evaluate:
         "<logs>/benchmarks/evaluate/{media}-{model}.tsv"
     threads: 1
     resources:
-        mem_mb=1000,
+        mem_mb=sized(1000, 4000),
         runtime=60,
     params:
         cfg=numbers("evaluate"),
         code=code("evaluate"),
         overrides=overrides("evaluate"),
-        diversity=lambda wildcards, input: f"--diversity {input.diversity}" if input.diversity else "",
+        given=given,
     message:
         "Score {wildcards.media} of {wildcards.model}"
     shell:
-        "python -m rcm evaluate {params.overrides} --samples {input.samples} {params.diversity} "
+        "python -m rcm evaluate {params.overrides} {params.given} "
         "--out {output.scores} --results {output.results} > {log} 2>&1"
+
+
+rule throughput:
+    input:
+        checkpoint=branch(
+            lambda wildcards: wildcards.student == "teacher",
+            then=rules.convert.output,
+            otherwise="<data>/{media}/{student}/student.safetensors",
+        ),
+        codec=fetched("codec"),
+        prompts="<data>/{media}/prompts/report.jsonl",
+        text=texts("report"),
+    output:
+        "<results>/{media}/throughput/{student}-{steps}.json",
+    log:
+        "<logs>/{media}/throughput/{student}-{steps}.log",
+    benchmark:
+        "<logs>/benchmarks/throughput/{media}-{student}-{steps}.tsv"
+    # on one machine: with nothing beside it
+    threads: workflow.resource_settings.cores or 1
+    resources:
+        mem_mb=sized(1000, 64000),
+        runtime=sized(30, 480),
+        gpu=sized(0, 1),
+    params:
+        cfg=numbers("throughput"),
+        code=code("throughput"),
+        overrides=overrides("throughput"),
+        text=encoded,
+    message:
+        "Time {wildcards.media} of {wildcards.student} in {wildcards.steps} steps"
+    shell:
+        "python -m rcm throughput {params.overrides} --checkpoint {input.checkpoint} --codec {input.codec} "
+        "--prompts {input.prompts} {params.text} --steps {wildcards.steps} --out {output} > {log} 2>&1"

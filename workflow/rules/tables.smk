@@ -20,18 +20,19 @@ rule table1:
         cfg=numbers("table", media="images"),
         code=code("table"),
         overrides=overrides("table", media="images"),
+        given=given,
         folder=lambda wildcards, output: os.path.dirname(output.csv),
     message:
         "Make table 1: images"
     shell:
-        "python -m rcm table {params.overrides} --name table1 --scores {input.scores} --controls {input.controls} "
-        "--published {input.published} --out-dir {params.folder} > {log} 2>&1"
+        "python -m rcm table {params.overrides} --name table1 {params.given} --out-dir {params.folder} > {log} 2>&1"
 
 
 rule table2:
     input:
         scores=lambda _: scores("clips"),
         controls=lambda _: scores("clips", "controls"),
+        throughput=lambda _: throughputs("clips"),
         published="config/published/table2.csv",
     output:
         csv="<results>/tables/table2.csv",
@@ -49,12 +50,68 @@ rule table2:
         cfg=numbers("table", media="clips"),
         code=code("table"),
         overrides=overrides("table", media="clips"),
+        given=given,
         folder=lambda wildcards, output: os.path.dirname(output.csv),
     message:
         "Make table 2: clips"
     shell:
-        "python -m rcm table {params.overrides} --name table2 --scores {input.scores} --controls {input.controls} "
-        "--published {input.published} --out-dir {params.folder} > {log} 2>&1"
+        "python -m rcm table {params.overrides} --name table2 {params.given} --out-dir {params.folder} > {log} 2>&1"
+
+
+# The paper's own rows: its network is not part of this project.
+rule table3:
+    input:
+        published="config/published/table3.csv",
+    output:
+        csv="<results>/tables/table3.csv",
+        md="<results>/tables/table3.md",
+        tex="<results>/tables/table3.tex",
+    log:
+        "<logs>/table3.log",
+    benchmark:
+        "<logs>/benchmarks/table/table3.tsv"
+    threads: 1
+    resources:
+        mem_mb=500,
+        runtime=10,
+    params:
+        code=code("table"),
+        overrides=overrides("table"),
+        folder=lambda wildcards, output: os.path.dirname(output.csv),
+    message:
+        "Make table 3: the paper's rows"
+    shell:
+        "python -m rcm table {params.overrides} --name table3 --published {input.published} --out-dir {params.folder} "
+        "> {log} 2>&1"
+
+
+if BIG:
+
+    rule table_text:
+        input:
+            scores=lambda _: texts_read(MEDIA[0]),
+        output:
+            csv="<results>/tables/table_text.csv",
+            md="<results>/tables/table_text.md",
+            tex="<results>/tables/table_text.tex",
+        log:
+            "<logs>/table_text.log",
+        benchmark:
+            "<logs>/benchmarks/table/table_text.tsv"
+        threads: 1
+        resources:
+            mem_mb=500,
+            runtime=10,
+        params:
+            cfg=numbers("table"),
+            code=code("table"),
+            overrides=overrides("table"),
+            given=given,
+            folder=lambda wildcards, output: os.path.dirname(output.csv),
+        message:
+            "Make the table of small text"
+        shell:
+            "python -m rcm table {params.overrides} --name table_text {params.given} --out-dir {params.folder} > {log} 2>&1"
 
 
 rule figure_samples:
@@ -101,7 +158,7 @@ rule figure_clips:
 
 rule figure_quality_diversity:
     input:
-        lambda _: [*scores("images"), *scores("images", "controls")],
+        lambda _: [*scores(MEDIA[0]), *scores(MEDIA[0], "controls")],
     output:
         "<results>/figures/figure_quality_diversity.png",
     log:
@@ -162,6 +219,76 @@ rule figure_precision:
         "python -m rcm figure --name figure_precision --inputs {input} --out {output} > {log} 2>&1"
 
 
+rule figure_steps:
+    input:
+        inputs=lambda _: scores(MEDIA[0]),
+        published=f"config/published/{'table1' if MEDIA[0] == 'images' else 'table2'}.csv" if BIG else [],
+    output:
+        "<results>/figures/figure_steps.png",
+    log:
+        "<logs>/figure_steps.log",
+    benchmark:
+        "<logs>/benchmarks/figure/figure_steps.tsv"
+    threads: 1
+    resources:
+        mem_mb=500,
+        runtime=10,
+    params:
+        code=code("figure"),
+        given=given,
+    message:
+        "Draw quality against the number of steps"
+    shell:
+        "python -m rcm figure --name figure_steps {params.given} --out {output} > {log} 2>&1"
+
+
+# The ablations train students of their own, so none of them is part of the default target.
+rule figure_lambda:
+    input:
+        inputs=lambda _: ablation(
+            *("scm", "rcm-lambda-0.1", "rcm", "rcm-lambda-10", "rcm-lambda-100"), steps=[most_steps()]
+        ),
+        published="config/published/figure7.csv",
+    output:
+        "<results>/figures/figure_lambda.png",
+    log:
+        "<logs>/figure_lambda.log",
+    benchmark:
+        "<logs>/benchmarks/figure/figure_lambda.tsv"
+    threads: 1
+    resources:
+        mem_mb=500,
+        runtime=10,
+    params:
+        code=code("figure"),
+        given=given,
+    message:
+        "Draw quality and diversity against the weight of DMD"
+    shell:
+        "python -m rcm figure --name figure_lambda {params.given} --out {output} > {log} 2>&1"
+
+
+rule figure_rollout:
+    input:
+        lambda _: ablation("rcm", "rcm-fixed-rollout", "dmd", "dmd-random-rollout", steps=config["steps"]),
+    output:
+        "<results>/figures/figure_rollout.png",
+    log:
+        "<logs>/figure_rollout.log",
+    benchmark:
+        "<logs>/benchmarks/figure/figure_rollout.tsv"
+    threads: 1
+    resources:
+        mem_mb=500,
+        runtime=10,
+    params:
+        code=code("figure"),
+    message:
+        "Draw what fixed and random times of rollouts do"
+    shell:
+        "python -m rcm figure --name figure_rollout --inputs {input} --out {output} > {log} 2>&1"
+
+
 rule report:
     input:
         scores=lambda _: [  # of the media whose tables are built
@@ -173,8 +300,8 @@ rule report:
         tables=expand("<results>/tables/{table}.csv", table=config["tables"]),
         figures=expand("<results>/figures/{figure}.png", figure=config["figures"]),
         clips=lambda _: samples("clips") if "table2" in config["tables"] else [],
-        # of a scale whose samples are not scored here
-        samples=lambda _: [path for media in MEDIA if BIG for path in samples(media)],
+        # of a scale whose samples are not scored
+        samples=lambda _: [path for media in MEDIA if not config["tables"] for path in samples(media)],
     output:
         "<results>/report.html",
     log:

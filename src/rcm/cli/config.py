@@ -25,6 +25,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rcm.artefact import UserError
+from rcm.cli.evaluators import NAMES, WEIGHTS, subject
 from rcm.tree import config_dir as config_dir
 from rcm.tree import options as options
 
@@ -213,6 +214,7 @@ def _check_combinations(tree: Mapping[str, Any]) -> None:
     _check_network(tree, require)
     _check_schedule(tree, require)
     _check_objective(tree, require)
+    _check_evaluation(tree, require)
 
 
 def _check_prompts(tree: Mapping[str, Any], require: Callable[[bool, str, str], None]) -> None:
@@ -314,3 +316,28 @@ def _check_objective(tree: Mapping[str, Any], require: Callable[[bool, str, str]
         require(fits, "distillation.discriminator.layers", allowed)
         allowed = f"a divisor of network.width ({width})"
         require(width % branch["heads"] == 0, "distillation.discriminator.heads", allowed)
+
+
+def _check_evaluation(tree: Mapping[str, Any], require: Callable[[bool, str, str], None]) -> None:
+    evaluation = tree["evaluation"]
+    tiny, images = tree["codec"]["kind"] == "cells", tree["media"] == "images"
+    names = ("shapes",) if tiny else ("geneval-mask2former", "geneval-mmdet") if images else _OF_CLIPS
+    scorer = evaluation["scorer"]
+    require(scorer in names, "evaluation.scorer", f"{' or '.join(names)}, for these {tree['media']}")
+    if tiny:
+        for key in ("oracle_at_least", "floor_at_most"):
+            if key not in evaluation:
+                raise UserError(f"configuration key 'evaluation.{key}' is missing; the scorer shapes needs it")
+        return
+    if scorer == "geneval-mask2former" and "known_at_least" not in evaluation:
+        raise UserError(f"configuration key 'evaluation.known_at_least' is missing; the scorer {scorer} needs it")
+    suites = [
+        suite for suite in ("report", "diversity", "text") if not (suite == "report" and scorer == "geneval-mmdet")
+    ]
+    for suite in suites:
+        for name in WEIGHTS[what := subject(scorer, suite)]:
+            if name not in tree["checkpoints"]:
+                raise UserError(f"configuration key 'checkpoints.{name}' is missing; {NAMES[what]} needs it")
+
+
+_OF_CLIPS = ("vbench", "vbench-long", "vbench-native")

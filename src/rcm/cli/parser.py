@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from rcm.artefact import UserError
+from rcm.cli import evaluators
 
 
 def place(text: str) -> Path:
@@ -117,14 +118,11 @@ def size(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r} is no size; expected something like 80GiB") from None
 
 
-WEIGHTS = ("detector", "clip_large", "clip_base", "dino", "dinov2", "aesthetic", "vgg")  # of what looks at samples
-
-
 def weights(text: str) -> tuple[str, Path]:
-    """One of WEIGHTS and where it is, of "NAME=PATH"."""
+    """One of `evaluators.ALL` and where it is, of "NAME=PATH"."""
     name, separator, path = text.partition("=")
-    if not (separator and path and name in WEIGHTS):
-        raise argparse.ArgumentTypeError(f"{text!r} is no NAME=PATH with a NAME of {', '.join(WEIGHTS)}")
+    if not (separator and path and name in evaluators.ALL):
+        raise argparse.ArgumentTypeError(f"{text!r} is no NAME=PATH with a NAME of {', '.join(evaluators.ALL)}")
     return name, Path(path)
 
 
@@ -146,7 +144,7 @@ DTYPE = Option(
 )
 EVALUATORS = Option(
     "--weights",
-    f"weights of what looks at the samples, NAME=PATH ...; the names are {', '.join(WEIGHTS)}",
+    f"weights of what looks at the samples, NAME=PATH ...; the names are {', '.join(evaluators.ALL)}",
     weights,
     required=False,
     repeat=True,

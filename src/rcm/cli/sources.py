@@ -1,7 +1,8 @@
 """Which source code a stage runs, so that Snakemake makes its outputs again when that code changes, and only then.
 
 Found by following imports in the syntax tree, from the stage's function on. Comments, formatting and docstrings do not
-count, nor do the modules of SILENT, which cannot change a number; templates beside a module do. Imports nothing heavy.
+count, nor do the modules of SILENT, which cannot change a number of the tiny world; templates beside a module do.
+Imports nothing heavy.
 """
 
 import ast
@@ -18,6 +19,9 @@ SILENT = {
     *("rcm", "rcm.__main__", "rcm.artefact", "rcm.cli", "rcm.cli.config", "rcm.cli.parser", "rcm.cli.progress"),
     *("rcm.checkpoints.download", "rcm.checkpoints.origins", "rcm.checkpoints.transfer"),  # what comes is known by hash
     *("flash_jvp.tuning", "flash_jvp.sweep"),  # which tiles are fastest
+    # evaluators of real models, of which nothing is made again for code: the tiny world is scored without them
+    *("rcm.cli.measure", "rcm.cli.evaluators", "rcm.evaluation.geneval_scores", "rcm.evaluation.vbench"),
+    *("rcm.evaluation.features", "rcm.evaluation.small_text"),
 }
 
 
