@@ -67,7 +67,7 @@ def figure_lambda(paths: Sequence[Path], published: Path | None = None) -> bytes
         if published is not None:
             _figure7(axes[0, -1], published)
         if handles := teacher_legend(swept):
-            figure.legend(handles=handles, loc="outside upper left", ncols=len(handles))
+            figure.legend(handles=handles, loc="outside upper center", ncols=len(handles))
         return png(figure)
 
 
@@ -123,8 +123,10 @@ def _sweep(ax: Axes, keys: Sequence[str], groups: Groups, balances: Mapping[str,
                 look |= mark("scm") | {"elinewidth": 0.7, "ecolor": COLORS["scm"]} if alone else {}
                 look["markerfacecolor"] = "white"
             ax.errorbar(at[method] + shift, found[method].value, yerr=bars(found[method]), **look)
-        if "teacher" in found:
-            band(ax, found["teacher"], INK if alone else color)
+        if "teacher" in found and alone:
+            band(ax, found["teacher"])
+        elif "teacher" in found:
+            ax.axhline(found["teacher"].value, color=color, linewidth=0.7, alpha=0.5, zorder=1)
         if not alone:
             ax.plot([], [], color=color, marker=shape, markersize=4.5, linewidth=0.9, label=label(key))
     if not alone:
@@ -135,7 +137,7 @@ def _sweep(ax: Axes, keys: Sequence[str], groups: Groups, balances: Mapping[str,
 def _axis(ax: Axes, ticks: Mapping[float, float], usual: float) -> None:
     """Places of λ√D, named by how many times that of rCM they are, and by themselves."""
     order = sorted(ticks)
-    names = [f"{ticks[x] / usual:.2g}×\n{_short(ticks[x])}" if ticks[x] else "0\npure\nsCM" for x in order]
+    names = [f"{_short(ticks[x] / usual)}×\n{_short(ticks[x])}" if ticks[x] else "0\npure\nsCM" for x in order]
     ax.set_xticks(order, names)
     ax.set_xlim(order[0] - 0.4, order[-1] + 0.4)
     ax.grid(visible=False, axis="x")
@@ -145,6 +147,7 @@ def _axis(ax: Axes, ticks: Mapping[float, float], usual: float) -> None:
 
 
 def _short(value: float) -> str:
+    """Three digits, and no fewer than the whole number."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 

@@ -111,11 +111,11 @@ def teacher_legend(scores: Iterable[Score]) -> list[Line2D]:
     return [Line2D([], [], color=INK, linewidth=0.9, label=f"Teacher, {count} steps") for count in counts]
 
 
-def band(ax: Axes, estimate: Estimate, color: str = INK) -> None:
+def band(ax: Axes, estimate: Estimate) -> None:
     """A number with its interval all across a panel."""
-    ax.axhline(estimate.value, color=color, linewidth=0.9, zorder=1)
+    ax.axhline(estimate.value, color=INK, linewidth=0.9, zorder=1)
     if estimate.low == estimate.low:
-        ax.axhspan(estimate.low, estimate.high, color=color, alpha=0.08, linewidth=0, zorder=0)
+        ax.axhspan(estimate.low, estimate.high, color=INK, alpha=0.08, linewidth=0, zorder=0)
 
 
 def grid(rows: int, columns: int, width: float, height: float) -> tuple[Figure, np.ndarray]:

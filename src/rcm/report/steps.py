@@ -41,7 +41,7 @@ from rcm.report.look import (
     style,
     teacher_legend,
 )
-from rcm.report.scores import CONTROLS, METHODS, Estimate, Score, in_order, label
+from rcm.report.scores import CONTROLS, METHODS, Estimate, Run, Score, in_order, label
 from rcm.report.stored import noted, printed, sorted_out, whose
 
 COLUMNS = 4  # panels in a line, more than which are broken into lines of three
@@ -83,7 +83,8 @@ def figure_steps(paths: Sequence[Path], published: Path | None = None) -> bytes:
                     ax.set_title(row_title([medium.capitalize()] if len(media) > 1 else [], own))
             for ax in row[len(shown) :]:
                 ax.set_axis_off()
-        handles = [*legend(methods), *teacher_legend(scores)]
+        known = sorted({*methods, *({"dmd2", "rcm"} if paper else ())}, key=lambda m: Run(m, None, 0).order)
+        handles = [*legend(known), *teacher_legend(scores)]
         figure.legend(handles=handles, loc="outside upper center", ncols=len(handles))
         return png(figure)
 
