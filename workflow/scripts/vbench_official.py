@@ -198,6 +198,13 @@ def device_name(device: str) -> str:
     return str(torch.cuda.get_device_name(torch.device(device)))
 
 
+def reason_of(dimension: str, error: Exception) -> str:
+    """Why a dimension failed, for a reader; colour divides by the number of videos that show the object at all."""
+    if dimension == "color" and isinstance(error, ZeroDivisionError):
+        return "no video shows any of its objects"
+    return str(error) if isinstance(error, Refused) else f"{type(error).__name__}: {error}"
+
+
 def run(arguments: argparse.Namespace) -> None:
     """Evaluate and write the results."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -237,11 +244,8 @@ def run(arguments: argparse.Namespace) -> None:
                     dimension, looked_at, arguments.info.resolve(), work, arguments.protocol, arguments.device
                 )
             except Exception as error:  # of any kind, by the model; what the others found is kept
-                nothing = dimension == "color" and isinstance(error, ZeroDivisionError)
                 traceback.print_exc()
-                failed[dimension] = (
-                    "no video shows any of its objects" if nothing else f"{type(error).__name__}: {error}"
-                )
+                failed[dimension] = reason_of(dimension, error)
         found = {**header, "failed": failed, "static": static, "results": results}
         (work / "out.json").write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         (work / "out.json").replace(arguments.out)
