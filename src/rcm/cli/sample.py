@@ -18,7 +18,6 @@ from rcm.codecs import from_pixels
 from rcm.data import world
 from rcm.data.prompt_files import read_prompt_file
 from rcm.data.prompts import Metadata
-from rcm.evaluation.samples import SAMPLING
 
 Maker = Callable[[Sequence[Job]], np.ndarray]  # jobs -> frames, uint8 (B, T, H, W, 3)
 
@@ -42,7 +41,9 @@ def sample(arguments: Namespace) -> None:
         about = _about(arguments, config, hashes, by)
         seconds, suffix, rate = 0.0, f".{config['inference']['format']}", frame_rate(config["codec"])
         with atomic_folder(arguments.out) as folder, Progress("sample", len(jobs), "samples") as progress:
-            (folder / SAMPLING).write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            (folder / "sampling.json").write_text(
+                json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+            )
             for start in range(0, len(jobs), batch):
                 chosen = jobs[start : start + batch]
                 began = time.perf_counter()

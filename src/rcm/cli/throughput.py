@@ -9,8 +9,8 @@ import rcm
 from rcm.artefact import UserError, recording, write_json
 from rcm.cli.config import compose
 from rcm.cli.models import clock, codec, decoded, device_name, device_of, sampling
+from rcm.cli.names import model_and_steps
 from rcm.cli.progress import Progress
-from rcm.cli.score import model_and_steps
 from rcm.data.prompt_files import read_prompt_file
 
 
