@@ -1,6 +1,7 @@
 """Scores from folders of samples: ground truth, another prompt's pictures, and folders that are broken."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from rcm.artefact import UserError, sha256_file
 from rcm.cli.pictures import png
 from rcm.data import prompts, world
 from rcm.evaluation import check_controls, evaluate, results_jsonl
-from rcm.evaluation.samples import list_samples, read_frames
+from rcm.evaluation.samples import Expected, list_samples, read_frames
 
 
 def _write(root: Path, suite: list[prompts.Metadata], samples: int, frames: int, shift: int = 0, part: int = 0) -> Path:
@@ -104,6 +105,46 @@ def test_clips_are_read_back_frame_by_frame(tmp_path: Path) -> None:
     frames[4] = frames[3]
     (tmp_path / "clip.png").write_bytes(png(frames))
     assert np.array_equal(read_frames(tmp_path / "clip.png"), frames)
+
+
+def test_the_evaluator_says_what_it_is(tmp_path: Path, suite: list[prompts.Metadata]) -> None:
+    folder = _write(tmp_path, suite[:2], 1, 1)
+    said = {"checkpoint_sha256": "ab", "sigma_max": 80.0, "frames": 1}
+    (folder / "sampling.json").write_text(json.dumps(said | {"part": "1-of-1"}))
+    scores = evaluate([folder], [folder], media="images", model="rcm-0", steps=4).scores
+    evaluator = scores["evaluator"]
+    assert (evaluator["name"], evaluator["version"], evaluator["device"]) == ("ShapeEval", "1", "cpu")
+    assert evaluator["versions"]["numpy"] == np.__version__
+    assert evaluator["sampling"] == evaluator["diversity"]["sampling"] == said
+    assert evaluator["known"] is evaluator["paper"] is evaluator["prompts_file"] is None
+    assert evaluator["missing"] == []
+    (folder / "sampling.json").write_text(json.dumps(said | {"frames": 9}))
+    with pytest.raises(UserError, match=r"00000/samples/0000.png has 1 frame, expected 9"):
+        evaluate([folder], media="images", model="rcm-0", steps=4)
+
+
+def test_missing_samples_are_refused_or_named(tmp_path: Path, suite: list[prompts.Metadata]) -> None:
+    folder = _write(tmp_path, suite[:3], 2, 1)
+    expected = Expected(suite[:3], 2)
+    who = {"media": "images", "model": "rcm-0", "steps": 4}
+    whole = evaluate([folder], **who, expected=expected).scores
+    assert whole == evaluate([folder], **who).scores
+    (folder / "00002" / "samples" / "0001.png").unlink()
+    with pytest.raises(UserError, match=r"1 of 6 samples are missing, the first 00002/samples/0001.png"):
+        evaluate([folder], **who)
+    shutil.rmtree(folder / "00001")
+    with pytest.raises(UserError, match=r"3 of 6 samples are missing, the first 00001/samples/0000.png"):
+        evaluate([folder], **who, expected=expected)
+    scores = evaluate([folder], **who, expected=expected, allow_missing=True).scores
+    assert len(scores["evaluator"]["missing"]) == 3
+    assert (scores["n_prompts"], scores["n_samples"]) == (2, 3)
+    assert scores["per_prompt"]["shapeeval.overall"] == [1, None, 1]
+    assert scores["evaluator"]["prompts_sha256"] == whole["evaluator"]["prompts_sha256"]
+    with pytest.raises(UserError, match=r"00000/metadata.jsonl was made from"):
+        evaluate([folder], **who, expected=Expected(suite[3:6], 2))
+    (folder / "00000" / "metadata.jsonl").write_text('{"prompt": "a red circle"}')
+    with pytest.raises(UserError, match=r"00000/metadata.jsonl has a prompt but no tag"):
+        evaluate([folder], **who, allow_missing=True)
 
 
 def test_broken_folders_are_named(tmp_path: Path, suite: list[prompts.Metadata]) -> None:

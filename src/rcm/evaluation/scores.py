@@ -98,8 +98,9 @@ def evaluate(
     for item in found:
         _check_caption(item, expected)
     lacking = missing(expected, [item.name(path) for item in found for path in item.paths], allow_missing)
+    sampling = read_sampling(samples)
     results: list[dict[str, Any]] = []
-    rows = {item.index: _of_prompt(item, media, results) for item in found}
+    rows = {item.index: _of_prompt(item, media, _frames(sampling), results) for item in found}
     prompts = {item.index: item.metadata for item in found} if expected is None else dict(enumerate(expected.prompts))
     tags = [metadata["tag"] for metadata in prompts.values()]
     per_prompt: dict[str, list[Any]] = {"tag": tags, **by_prompt(rows, prompts)}
@@ -115,7 +116,7 @@ def evaluate(
         "known": None,
         "prompts_sha256": sha256_of(prompts.values()),
         "prompts_file": None,
-        "sampling": read_sampling(samples),
+        "sampling": sampling,
         "missing": lacking,
         "paper": None,
         "bootstrap": {"resamples": resamples, "seed": seed},
@@ -124,11 +125,12 @@ def evaluate(
         others = list_samples(diversity_samples)
         for item in others:
             _check_caption(item)
-        diverse = [_diversity(item, media, seed) for item in others]
+        sampling = read_sampling(diversity_samples)
+        diverse = [_diversity(item, media, _frames(sampling), seed) for item in others]
         per_prompt |= _columns([values for values, _ in diverse])
         evaluator["diversity"] = {
             "prompts_sha256": sha256_of(item.metadata for item in others),
-            "sampling": read_sampling(diversity_samples),
+            "sampling": sampling,
             "samples": sum(len(item.paths) for item in others),
             "satisfying": [count for _, count in diverse],
             "minimum": diversity.MINIMUM,
@@ -196,8 +198,13 @@ def _mean(values: Iterable[float | None]) -> float | None:
     return float(np.mean(found)) if found else None
 
 
-def _open(path: Path, media: str) -> Clip:
-    frames = read_frames(path)
+def _frames(sampling: Mapping[str, Any] | None) -> int | None:
+    """How many frames each sample has, if it is said how they were made."""
+    return None if sampling is None else sampling.get("frames")
+
+
+def _open(path: Path, media: str, number: int | None) -> Clip:
+    frames = read_frames(path, number)
     if (len(frames) == 1) != (media == "images"):
         raise UserError(
             f"{path} has {len(frames)} frame{'s' * (len(frames) > 1)}, which does not fit the medium {media}"
@@ -205,11 +212,13 @@ def _open(path: Path, media: str) -> Clip:
     return Clip(frames)
 
 
-def _of_prompt(item: PromptSamples, media: str, results: list[dict[str, Any]]) -> dict[str, float | None]:
+def _of_prompt(
+    item: PromptSamples, media: str, frames: int | None, results: list[dict[str, Any]]
+) -> dict[str, float | None]:
     """Means over the samples of one prompt; appends a result for each sample."""
     measured: list[dict[str, float | None]] = []
     for path in item.paths:
-        clip = _open(path, media)
+        clip = _open(path, media, frames)
         judged = verdict(clip, item.metadata, media)
         results.append(_result(item, path, clip, judged, media))
         values: dict[str, float | None] = {"shapeeval.overall": float(judged.correct)}
@@ -240,9 +249,9 @@ def _result(item: PromptSamples, path: Path, clip: Clip, judged: Verdict, media:
     return line if media == "images" else {**line, "frames_correct": judged.frames_correct}
 
 
-def _diversity(item: PromptSamples, media: str, seed: int) -> tuple[dict[str, float | None], int]:
+def _diversity(item: PromptSamples, media: str, frames: int | None, seed: int) -> tuple[dict[str, float | None], int]:
     """Diversity of one prompt and the number of satisfying samples behind it."""
-    clips = [_open(path, media) for path in item.paths]
+    clips = [_open(path, media, frames) for path in item.paths]
     good = [clip for clip in clips if verdict(clip, item.metadata, media).correct]
     return diversity.of_prompt(good, item.metadata, seed), len(good)
 
