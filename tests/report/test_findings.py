@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rcm.artefact import UserError
 from rcm.report.findings import CONTRADICTED, NOT_SHOWN, SHOWN, Finding, findings
 
 N = 60
@@ -123,3 +124,136 @@ def test_same_scores_same_words(scores: dict[str, list[dict[str, Any]]]) -> None
     everything = [*scores["images"], *scores["clips"]]
     assert findings(everything) == findings(everything[::-1])
     assert {finding.media for finding in findings(everything)} == {"images", "clips"}
+
+
+# --- Other evaluators ----------------------------------------------------------------------------------------------
+
+
+def geneval(model: str, steps: int, overall: Any, **values: Any) -> dict[str, Any]:
+    """A score by GenEval: nothing of the tiny world's."""
+    score = made(model, steps, overall, **values)
+    for part in (score["metrics"], score["per_prompt"]):
+        part["geneval.overall"] = part.pop("shapeeval.overall")
+    return score
+
+
+def vbench(model: str, steps: int, total: float, half: float | None = 0.004) -> dict[str, Any]:
+    """A score by VBench: a total without values by prompt, with an interval of this half-width or none."""
+    low, high = (None, None) if half is None else (total - half, total + half)
+    metrics = {"vbench.total": {"value": total, "low": low, "high": high, "kind": "official"}}
+    return {"model": model, "steps": steps, "media": "clips", "metrics": metrics, "per_prompt": {"tag": ["one"]}}
+
+
+@pytest.mark.parametrize(
+    ("rcm", "verdict"),
+    [
+        (0.795 + WAVE / 5, SHOWN),  # -0.005 with 0.011 to both sides: within GenEval's 0.025
+        (0.78 + WAVE / 2, NOT_SHOWN),  # -0.02 with 0.027 to both sides: within ShapeEval's 0.05 alone
+        (0.78 + WAVE / 20, CONTRADICTED),  # -0.02 with 0.003 to both sides: beyond the interval
+    ],
+)
+def test_geneval_has_its_own_margin(ask: Ask, rcm: Any, verdict: str) -> None:
+    finding = ask("as good as DMD2", geneval("rcm-0", 4, rcm), geneval("dmd2-0", 4, 0.8))
+    assert finding.verdict == verdict
+    assert "in GenEval overall is" in finding.sentence
+
+
+def test_geneval_asks_for_a_larger_share_and_for_no_gain_by_steps(ask: Ask) -> None:
+    scores = [geneval("teacher", 35, 0.8), *(geneval("rcm-0", k, x) for k, x in ((1, 0.74), (2, 0.75), (4, 0.75)))]
+    finding = ask("With four steps, rCM reaches at least 0.95 of the teacher's GenEval overall", *scores)
+    assert finding.verdict == CONTRADICTED  # 0.75 / 0.8 is 0.938; 0.9 would be enough in the tiny world
+    assert "0.938" in finding.sentence
+    assert ask("one, two and four steps are about as good", *scores).verdict == SHOWN
+    scores[1] = geneval("rcm-0", 1, 0.70)
+    assert ask("one, two and four steps are about as good", *scores).verdict == NOT_SHOWN
+
+
+def test_totals_without_values_by_prompt_get_unpaired_intervals(ask: Ask) -> None:
+    finding = ask("as good as DMD2", vbench("rcm-0", 4, 0.8443), vbench("dmd2-0", 4, 0.8456))
+    assert finding.verdict == NOT_SHOWN
+    assert "VBench total is -0.0013 [-0.0070, +0.0044]" in finding.sentence.replace("−", "-")  # 0.004 √2 to both sides
+    assert "not paired" in finding.sentence
+    far = ask("as good as DMD2", vbench("rcm-0", 4, 0.84), vbench("dmd2-0", 4, 0.82))
+    assert far.verdict == SHOWN
+    teacher = ask("With four steps, rCM reaches the teacher's", vbench("rcm-0", 4, 0.84), vbench("teacher", 50, 0.80))
+    assert teacher.verdict == SHOWN
+    # 1.05 and 1.05 √((0.004 / 0.84)² + (0.004 / 0.8)²) = 0.00725 to both sides
+    assert "1.050 [1.043, 1.057]" in teacher.sentence
+
+
+def test_totals_without_any_interval_show_nothing(ask: Ask) -> None:
+    scores = [vbench("rcm-0", 4, 0.9, None), vbench("dmd2-0", 4, 0.2, None), vbench("teacher", 50, 0.2, None)]
+    for words in ("as good as DMD2", "With four steps, rCM reaches"):
+        finding = ask(words, *scores)
+        assert finding.verdict == NOT_SHOWN
+        assert "neither values by prompt nor intervals" in finding.sentence
+        assert "nan" not in finding.sentence.lower()
+
+
+@pytest.mark.parametrize(
+    ("clip", "dino", "verdict"), [(0.2, 0.3, SHOWN), (0.2, 0.1, NOT_SHOWN), (0.1, 0.1, CONTRADICTED)]
+)
+def test_distances_decide_on_diversity_together(ask: Ask, clip: float, dino: float, verdict: str) -> None:
+    names = ("diversity__clip_distance", "diversity__dino_distance", "diversity__vbench2")
+    rcm = geneval("rcm-0", 4, 0.8, **dict(zip(names, (clip, dino, 0.5), strict=True)))
+    dmd2 = geneval("dmd2-0", 4, 0.8, **dict(zip(names, (0.15, 0.2, 0.4), strict=True)))
+    finding = ask("more diverse than DMD2", rcm, dmd2)
+    assert finding.verdict == verdict
+    assert "VBench-2.0 +0.100" in finding.sentence
+
+
+def test_scores_of_two_evaluators_are_not_compared() -> None:
+    one, other = geneval("rcm-0", 4, 0.8), geneval("dmd2-0", 4, 0.8)
+    one["evaluator"] = {"name": "GenEval (mmdet)", "version": "1"}
+    other["evaluator"] = {"name": "GenEval (HF Mask2Former)", "version": "1"}
+    with pytest.raises(UserError, match=r"HF Mask2Former.*mmdet"):
+        findings([one, other])
+
+
+# --- Ablations -----------------------------------------------------------------------------------------------------
+
+
+def test_ablations_are_found_only_where_there_are_some() -> None:
+    plain = [made("rcm-0", 4, 0.8), made("scm-0", 4, 0.7), made("dmd-0", 4, 0.8)]
+    assert not [f for f in findings(plain) if "λ" in f.claim or "rollouts" in f.claim]
+    more = [*plain, made("rcm-lambda-10-0", 4, 0.8), made("dmd-random-rollout-0", 4, 0.8)]
+    claims = [f.claim for f in findings(more)]
+    assert sum("λ" in claim for claim in claims) == 2
+    assert sum("rollouts" in claim for claim in claims) == 1
+
+
+@pytest.mark.parametrize(
+    ("small", "large", "verdict", "words"),
+    [
+        (0.6, 0.8 + WAVE / 20, SHOWN, "0.1 λ +0.200 [+0.200, +0.200] (shown)"),
+        (0.8, 0.8 + WAVE / 20, NOT_SHOWN, "0.1 λ +0.0000 [+0.0000, +0.0000] (not shown)"),
+        (0.6, 0.82, NOT_SHOWN, "10 λ -0.020 [-0.020, -0.020] (contradicted)"),  # more of it is better
+        (0.9, 0.82, CONTRADICTED, "0.1 λ -0.100 [-0.100, -0.100] (contradicted)"),
+    ],
+)
+def test_quality_over_lambda(ask: Ask, small: Any, large: Any, verdict: str, words: str) -> None:
+    scores = [made("rcm-0", 4, 0.8), made("rcm-lambda-0.1-0", 4, small), made("rcm-lambda-10-0", 4, large)]
+    finding = ask("smallest that keeps quality", *scores)
+    assert finding.verdict == verdict
+    assert words in finding.sentence
+
+
+@pytest.mark.parametrize(
+    ("vendi", "verdict"),
+    [((6, 5, 4, 3), SHOWN), ((6, 3, 4, 3), NOT_SHOWN), ((3, 4, 5, 6), CONTRADICTED)],
+)
+def test_diversity_over_lambda(ask: Ask, vendi: tuple[float, ...], verdict: str) -> None:
+    models = ("rcm-lambda-100-0", "rcm-0", "scm-0", "rcm-lambda-0.1-0")  # in no order
+    by_model = dict(zip(("scm-0", "rcm-lambda-0.1-0", "rcm-0", "rcm-lambda-100-0"), vendi, strict=True))
+    finding = ask("less diverse", *(made(model, 4, 0.8, diversity__vendi=by_model[model]) for model in models))
+    assert finding.verdict == verdict
+    assert "sCM alone to 100 λ" in finding.sentence
+
+
+def test_rollouts(ask: Ask) -> None:
+    values = {"rcm-0": 0.8, "rcm-fixed-rollout-0": 0.7, "dmd-0": 0.7, "dmd-random-rollout-0": 0.8}
+    scores = [made(model, 4, value + WAVE / 10) for model, value in values.items()]
+    rcm, dmd = ask("For rCM, random", *scores), ask("For DMD, fixed", *scores)
+    assert (rcm.verdict, dmd.verdict) == (SHOWN, CONTRADICTED)
+    assert "random − fixed in ShapeEval overall with four steps is +0.100" in rcm.sentence
+    assert "fixed − random in ShapeEval overall with four steps is -0.100" in dmd.sentence

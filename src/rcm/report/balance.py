@@ -79,6 +79,8 @@ def _panels(medium: str, own: Sequence[Score]) -> list[tuple[str, list[str]]]:
         raise UserError(f"figure_lambda compares students at one number of steps; of {medium} there are {found}")
     key, known = overall(medium, own), keys_of(own, "diversity")
     diversity = [(name, [measure for measure in measures if measure in known]) for name, measures in UNITS.items()]
+    named = {measure for measures in UNITS.values() for measure in measures}
+    diversity += [(label(measure), [measure]) for measure in known if measure not in named]
     return [(quality_name(key, own[0]), [key]), *((name, measures) for name, measures in diversity if measures)]
 
 
