@@ -11,15 +11,19 @@ import cv2
 import matplotlib
 import numpy as np
 import pytest
+from matplotlib.text import Text
 from PIL import Image
 
 from rcm.artefact import UserError
 from rcm.report.figures import (
     chosen_prompts,
     figure_clips,
+    figure_lambda,
     figure_precision,
     figure_quality_diversity,
+    figure_rollout,
     figure_samples,
+    figure_steps,
     figure_training,
     sample_runs,
 )
@@ -182,3 +186,227 @@ def test_figures_refuse_what_shows_nothing(scores: dict[str, list[dict[str, Any]
     (tmp_path / "metrics.jsonl").write_text('{"iteration": 1, "role": "student", "update": 1}\n')
     with pytest.raises(UserError, match="no losses"):
         figure_training([tmp_path / "metrics.jsonl"])
+
+
+# --- Big samples ---------------------------------------------------------------------------------------------------
+
+
+def big(folder: Path, metadata: dict[str, Any], frames: int, size: tuple[int, int]) -> Path:
+    """A prompt with one sample, an image or a clip, whose frames get brighter with time."""
+    target = folder / "00000" / "samples"
+    target.mkdir(parents=True)
+    (target.parent / "metadata.jsonl").write_text(json.dumps(metadata) + "\n")
+    first, *rest = (Image.new("RGB", size, (0, 50, 4 * index)) for index in range(frames))
+    first.save(target / "0000.png", save_all=bool(rest), append_images=rest)
+    return folder
+
+
+def test_big_pictures_are_scaled_down_and_keep_their_shape(tmp_path: Path) -> None:
+    include = [{"class": "bench", "count": 1}]
+    metadata = {"tag": "single_object", "include": include, "prompt": "a photo of a bench"}
+    folder = big(tmp_path / "rcm-0-4" / "report" / "1-of-1", metadata, 1, (1360, 768))
+    figure = pixels(figure_samples([folder]))
+    rows, columns = np.nonzero((figure == (0, 50, 0)).all(axis=2))
+    width, height = np.ptp(columns) + 1, np.ptp(rows) + 1
+    assert 240 <= width < figure.shape[1]
+    assert abs(width / height - 1360 / 768) < 0.01
+
+
+def test_long_clips_are_nine_frames_from_first_to_last(tmp_path: Path) -> None:
+    metadata = {"prompt": "a boat " * 90, "name": "a boat", "dimension": ["scene"]}  # VBench's: no task, and long
+    folder = big(tmp_path / "rcm-0-4" / "report" / "1-of-1", metadata, 49, (832, 480))
+    figure = pixels(figure_clips([folder]))
+    shown = np.unique(figure[(figure[..., :2] == (0, 50)).all(axis=2)][:, 2])
+    assert shown.tolist() == [4 * index for index in range(0, 49, 6)]
+    assert figure.shape[0] < 480
+
+
+def test_prompts_of_vbench_take_turns_by_dimension(tmp_path: Path) -> None:
+    folder = tmp_path / "rcm-0-4" / "report" / "1-of-1"
+    for index, dimension in enumerate(("scene", "scene", "color", "scene")):
+        metadata = {"prompt": f"prompt {index}", "dimension": [dimension]}
+        big(tmp_path / "one", metadata, 1, (16, 16))
+        shutil.move(tmp_path / "one" / "00000", folder / f"{index:05d}")
+    assert chosen_prompts(sample_runs([folder]), 2) == [0, 2]
+    assert chosen_prompts(sample_runs([folder]), 3) == [0, 1, 2]
+
+
+# --- Steps, lambda and rollouts ------------------------------------------------------------------------------------
+
+MEASURES = {"diversity.clip_distance": 0.2, "diversity.dino_distance": 0.3, "diversity.vbench2": 0.4}
+PUBLISHED = Path(__file__).parents[2] / "config" / "published"
+
+
+def stored(folder: Path, model: str, steps: int, value: float, **changes: Any) -> Path:
+    """A score of GenEval as a file, of 30 prompts; `changes` are of its evaluator."""
+    noise = np.random.default_rng(3).normal(0, 0.1, 30)
+    values = {"geneval.overall": value + noise, **{key: x * value + noise / 5 for key, x in MEASURES.items()}}
+    metrics = {
+        key: {"value": x.mean(), "low": x.mean() - 0.02, "high": x.mean() + 0.02, "kind": "official"}
+        for key, x in values.items()
+    }
+    per_prompt = {"tag": ["counting"] * 30, **{key: x.tolist() for key, x in values.items()}}
+    evaluator = {"name": "GenEval (mmdet)", "version": "1", "prompts_sha256": "ab" * 32, "paper": "2B", **changes}
+    score = {"model": model, "steps": steps, "media": "images", "n_prompts": 30, "n_samples": 120}
+    path = folder / f"{model}-{steps}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**score, "metrics": metrics, "evaluator": evaluator, "per_prompt": per_prompt}))
+    return path
+
+
+def trained(folder: Path, model: str, balance: float | None, updates: int = 5) -> Path:
+    """Metrics of a student as a file: DMD joins at its third update."""
+    rows = [
+        {"role": "student", "update": update, **({"balance": balance} if balance and update > 2 else {})}
+        for update in range(1, updates + 1)
+    ]
+    path = folder / "images" / model / "metrics.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"role": "critic", "update": 99}]))
+    return path
+
+
+@pytest.fixture
+def words(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Everything that is written on the figures that are drawn."""
+    found: list[str] = []
+    draw = Text.draw
+
+    def noting(self: Text, *arguments: Any, **options: Any) -> None:
+        if self.get_visible():
+            found.append(self.get_text())
+        draw(self, *arguments, **options)
+
+    monkeypatch.setattr(Text, "draw", noting)
+    return found
+
+
+@pytest.fixture
+def students(tmp_path: Path) -> list[Path]:
+    """Scores of the teacher and of two students at 1, 2 and 4 steps."""
+    made = [stored(tmp_path, f"{m}-0", k, 0.6 + 0.05 * k) for m in ("dmd2", "rcm") for k in (1, 2, 4)]
+    return [*made, stored(tmp_path, "teacher", 35, 0.9)]
+
+
+def test_steps_names_the_teacher_the_evaluator_and_what_the_paper_printed(
+    students: list[Path], words: list[str]
+) -> None:
+    png = figure_steps(students, PUBLISHED / "table1.csv")
+    assert {"GenEval (mmdet) overall", "CLIP distance", "DINO distance", "VBench-2.0", "Teacher, 35 steps"} <= {*words}
+    assert {"As printed in the paper", "GenEval overall", "35×2\nteacher", "0.6B", "2B", "14B"} <= {*words}
+    assert figure_steps(students[::-1], PUBLISHED / "table1.csv") == png
+    assert {0xCC79A7, 0x009E73} <= colours(png)
+    words.clear()
+    figure_steps(students)
+    assert "As printed in the paper" not in words
+
+
+def test_steps_of_tiny_show_the_vendi_score_alone(
+    scores: dict[str, list[dict[str, Any]]], tmp_path: Path, words: list[str]
+) -> None:
+    paths = []
+    for score in [*scores["images"], *scores["clips"]]:
+        paths.append(tmp_path / str(score["media"]) / f"{score['model']}-{score['steps']}.json")
+        paths[-1].parent.mkdir(exist_ok=True)
+        paths[-1].write_text(json.dumps(score))
+    figure_steps(paths)
+    assert {"Images", "Clips", "ShapeEval overall", "Vendi"} <= {*words}
+    assert not {"Cell entropy", "Ground truth"} & {*words}
+
+
+def test_steps_refuse_what_does_not_compare(students: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="about clips"):
+        figure_steps(students, PUBLISHED / "table2.csv")
+    with pytest.raises(UserError, match="column 'group'"):
+        figure_steps(students, PUBLISHED / "figure7.csv")
+    with pytest.raises(UserError, match="scores of students"):
+        figure_steps([students[-1]])
+    with pytest.raises(UserError, match=r"two scores of rcm-0 at 4 steps"):
+        figure_steps([*students, stored(tmp_path / "again", "rcm-0", 4, 0.8)])
+    other = stored(tmp_path / "other", "scm-0", 4, 0.7, name="GenEval (HF Mask2Former)")
+    with pytest.raises(UserError, match=r"HF Mask2Former.*mmdet"):
+        figure_steps([*students, other])
+    with pytest.raises(UserError, match="prompts cdcdcdcdcdcd"):
+        figure_steps([*students, stored(tmp_path / "prompts", "scm-0", 4, 0.7, prompts_sha256="cd" * 32)])
+    with pytest.raises(UserError, match=r"neither a score"):
+        figure_steps([tmp_path / "picture.png"])
+
+
+def test_sigma_max_is_named_and_must_be_one(tmp_path: Path, words: list[str]) -> None:
+    low, high = ({"sampling": {"sigma_max": value}} for value in (80.0, 1600.0))
+    teacher = stored(tmp_path, "teacher", 35, 0.9, sampling={"sigma_max": 5000.0})  # its sampler's, not the students'
+    first = stored(tmp_path, "rcm-0", 4, 0.8, **low)
+    figure_steps([teacher, first])
+    assert any("= 80" in word for word in words)
+    with pytest.raises(UserError, match="σ_max 1600; σ_max 80"):
+        figure_steps([teacher, first, stored(tmp_path, "dmd2-0", 4, 0.8, **high)])
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> list[Path]:
+    """Scores and metrics of figure_lambda; λ√D is 7.35 for rCM."""
+    values = {"scm-0": 0.6, "rcm-lambda-0.1-0": 0.7, "rcm-0": 0.8, "rcm-lambda-10-0": 0.81}
+    balances = {"scm-0": None, "rcm-lambda-0.1-0": 0.735, "rcm-0": 7.35, "rcm-lambda-10-0": 73.5}
+    made = [stored(tmp_path, model, 4, value) for model, value in values.items()]
+    return [*made, *(trained(tmp_path, model, balance) for model, balance in balances.items())]
+
+
+def test_lambda_is_drawn_on_what_training_noted(sweep: list[Path], words: list[str]) -> None:
+    png = figure_lambda(sweep, PUBLISHED / "figure7.csv")
+    assert {"0\npure\nsCM", "0.1×\n0.735", "1×\n7.35", "10×\n73.5"} <= {*words}
+    assert {"As printed in the paper", "VBench total, %", "0.001", "GenEval (mmdet) overall"} <= {*words}
+    assert figure_lambda(sweep[::-1], PUBLISHED / "figure7.csv") == png
+    words.clear()
+    figure_lambda(sweep)
+    assert "VBench total, %" not in words
+
+
+def test_lambda_says_what_is_missing(sweep: list[Path], tmp_path: Path) -> None:
+    def without(name: str) -> list[Path]:
+        return [path for path in sweep if name not in str(path.relative_to(tmp_path))]
+
+    with pytest.raises(UserError, match=r"rcm-lambda-10 is not known: none of the inputs is .*/images/rcm-lambda-10-"):
+        figure_lambda(without("rcm-lambda-10-0/metrics"))
+    with pytest.raises(UserError, match="needs scores of rcm for images"):
+        figure_lambda(without("rcm-0"))
+    with pytest.raises(UserError, match="of images there are 2, 4"):
+        figure_lambda([*sweep, stored(tmp_path, "rcm-0", 2, 0.8)])
+    with pytest.raises(UserError, match="figure_lambda needs scores"):
+        figure_lambda([path for path in sweep if path.suffix == ".jsonl"])
+    with pytest.raises(UserError, match="lacks the column 'lambda'"):
+        figure_lambda(sweep, PUBLISHED / "table2.csv")
+
+
+def test_rollouts_print_paired_differences(tmp_path: Path, words: list[str]) -> None:
+    values = {"rcm-0": 0.8, "rcm-fixed-rollout-0": 0.75, "dmd-0": 0.7, "dmd-random-rollout-0": 0.68}
+    paths = [stored(tmp_path, model, 4, value) for model, value in values.items()]
+    paths += [trained(tmp_path, model, None, 7) for model in ("rcm-0", "rcm-fixed-rollout-0")]
+    figure_rollout(paths)
+    assert {"4\n+0.050\n[+0.050, +0.050]", "4\n−0.020\n[−0.020, −0.020]"} <= {*words}  # noise by prompt is the same
+    assert {"rCM, 7 student updates", "DMD"} <= {*words}
+    assert {"Random rollout times", "Fixed rollout times", "CLIP distance"} <= {*words}
+
+
+def test_rollouts_without_values_by_prompt_are_not_paired(tmp_path: Path, words: list[str]) -> None:
+    paths = [stored(tmp_path, model, 4, value) for model, value in (("rcm-0", 0.8), ("rcm-fixed-rollout-0", 0.7))]
+    for path in paths:
+        score = json.loads(path.read_text())
+        path.write_text(json.dumps({**score, "per_prompt": {"tag": score["per_prompt"]["tag"]}}))
+    figure_rollout(paths)
+    assert "4\n+0.100\n[+0.072, +0.128]\nnot paired" in words  # 0.02 √2 to both sides
+
+
+def test_rollouts_are_compared_at_equal_updates(tmp_path: Path) -> None:
+    models = ("rcm-0", "rcm-fixed-rollout-0")
+    paths = [stored(tmp_path, model, 4, 0.8) for model in models]
+    with pytest.raises(UserError, match=r"rcm has \[5\] and rcm-fixed-rollout has \[6\] student updates"):
+        figure_rollout([*paths, *(trained(tmp_path, model, None, 5 + i) for i, model in enumerate(models))])
+    with pytest.raises(UserError, match="rcm and rcm-fixed-rollout or of dmd-random-rollout and dmd"):
+        figure_rollout(paths[:1])
+
+
+def test_quality_and_diversity_leaves_variants_out_and_names_the_measure(sweep: list[Path], words: list[str]) -> None:
+    read = [json.loads(path.read_text()) for path in sweep if path.suffix == ".json"]
+    png = figure_quality_diversity(read)
+    assert "GenEval (mmdet) overall" in words and "rCM, 10 λ" not in words
+    assert png == figure_quality_diversity([score for score in read if "lambda" not in score["model"]])
