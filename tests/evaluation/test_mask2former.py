@@ -38,7 +38,9 @@ def test_images_are_resized_and_padded_as_by_mmdet(height, width, resized, padde
     inside = pixels[:, : size[0], : size[1]]
     for channel, value in enumerate((200, 100, 50)):  # red first
         torch.testing.assert_close(inside[channel], torch.full(size, float((value - MEAN[channel]) / STD[channel])))
-    assert pixels[:, size[0] :].abs().sum() == pixels[:, :, size[1] :].abs().sum() == 0
+        for padding in (pixels[channel, size[0] :], pixels[channel, :, size[1] :]):
+            grey = torch.full(padding.shape, float((128 - MEAN[channel]) / STD[channel]))
+            torch.testing.assert_close(padding, grey)
 
 
 def test_pixels_are_those_of_transformers_own_preparation() -> None:

@@ -25,7 +25,7 @@ from rcm.evaluation.samples import PromptSamples, read_frames
 
 MOST = 100  # detections of an image
 _LONG, _SHORT = 1333, 800  # the sides of a prepared image, at most
-_DIVISOR = 32  # of the sides, by padding
+_DIVISOR, _PADDING = 32, 128  # of the sides, by padding, and its level
 _MEAN, _STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # red, green, blue
 Size = tuple[int, int]
 
@@ -63,16 +63,17 @@ class Mask2Former:
 def prepared(image: np.ndarray) -> tuple[Tensor, Size]:
     """An uint8 (H, W, 3) image as float32 (3, height, width), multiples of 32, and its size without the padding.
 
-    The padding stands right of and below the image and is zero after the normalisation; neither mmdet nor transformers
-    hides it from the network.
+    The padding stands right of and below the image and is grey, as the networks saw it in training; neither mmdet nor
+    transformers hides it from them.
     """
     height, width = image.shape[:2]
     scale = min(_LONG / max(height, width), _SHORT / min(height, width))
     height, width = int(height * scale + 0.5), int(width * scale + 0.5)
     resized = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
-    normalised = (torch.from_numpy(resized).float() - torch.tensor(_MEAN)) / torch.tensor(_STD)
-    padding = (0, -width % _DIVISOR, 0, -height % _DIVISOR)
-    return F.pad(normalised.permute(2, 0, 1), padding), (height, width)
+    below, right = -height % _DIVISOR, -width % _DIVISOR
+    padded = np.pad(resized, ((0, below), (0, right), (0, 0)), constant_values=_PADDING)
+    normalised = (torch.from_numpy(padded).float() - torch.tensor(_MEAN)) / torch.tensor(_STD)
+    return normalised.permute(2, 0, 1), (height, width)
 
 
 def instances(classes: Tensor, masks: Tensor, padded: Size, unpadded: Size, original: Size) -> list[Detection]:
