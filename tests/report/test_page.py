@@ -10,13 +10,14 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from rcm.artefact import UserError
 from rcm.cli.score import _configuration
 from rcm.report.figures import figure_quality_diversity, figure_samples
-from rcm.report.page import _belongs, report_page
+from rcm.report.page import CAPTIONS, _animated, _belongs, _media, _reduced, report_page
 from rcm.report.scores import CONTROLS
 from rcm.report.tables import make_table
 
@@ -217,6 +218,64 @@ def test_the_page_is_about_the_given_scores_only(tree: Path) -> None:
     assert {"images", "table1"} <= set(page.ids) and not {"clips", "table2"} & set(page.ids)
 
 
+def test_the_page_of_a_real_scale_names_its_evaluators(
+    genevals: list[dict[str, Any]], vbenches: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    (tmp_path / "tables").mkdir()
+    paper = Path(__file__).parents[2] / "config/published"
+    for name, found in (("table1", genevals), ("table2", vbenches), ("table3", [])):
+        made = make_table(name, found, [], paper / f"{name}.csv")["csv"]
+        (tmp_path / f"tables/{name}.csv").write_text(made)
+    page = Reader(report_page([*genevals, *vbenches], [tmp_path]))
+    assert not re.search("ShapeEval|ShapeBench|coloured shapes|ground truth", page.text, re.IGNORECASE)
+    assert "GenEval (HF Mask2Former) overall, interval 0.806 to 0.846" in page.text  # the teacher's tile
+    assert "rCM, 4 steps 0.842 VBench (official code) total, interval 0.822 to 0.862" in page.text
+    assert "DMD2 and rCM at 1 and 4 steps beside the teacher, 553 prompts with 4 samples each" in page.text
+    assert "944 prompts, 6220 samples" in page.text
+    assert "not reproduced: the TI2V network is not part of this version" in page.text
+    assert "Prompts: evaluation_metadata.jsonl, SHA-256 5c48e0813e81." in page.text
+    assert {"table1", "table2", "table3"} <= set(page.ids)
+
+
+def test_totals_of_vbench_have_a_scale_of_their_own(vbenches: list[dict[str, Any]]) -> None:
+    (overview,) = _media(vbenches)[0]["overviews"]
+    assert overview["axis"] == ["0.75", "0.9"]  # intervals reach from 0.790 to 0.8621
+    assert overview["place"](0.825) == "50.00"
+
+
+def test_scores_that_cannot_be_compared_have_overviews_of_their_own(genevals: list[dict[str, Any]]) -> None:
+    official = [s | {"evaluator": s["evaluator"] | {"name": "GenEval (mmdet)"}} for s in genevals]
+    (images,) = _media([*genevals, *official])
+    assert [(o["name"], len(o["marks"])) for o in images["overviews"]] == [
+        *(("GenEval (HF Mask2Former) overall", 4), ("GenEval (mmdet) overall", 4))
+    ]
+    native = [s | {"metrics": {"vbench_native.subject_consistency": {"value": 0.9}}} for s in genevals]
+    assert _media(native)[0]["overviews"] == []  # nothing sums them up
+
+
+def test_every_figure_stands_on_the_page_once_with_scores_or_without(tree: Path, tmp_path: Path) -> None:
+    (tmp_path / "figures").mkdir()
+    names = ("samples", "clips", "quality_diversity", "steps", "lambda", "rollout", "training", "precision", "own")
+    for index, name in enumerate(names):
+        Image.new("RGB", (8, 8), (index, 0, 0)).save(tmp_path / f"figures/figure_{name}.png")
+    images = [s for s in shown(tree) if s["media"] == "images"]
+    for scores in ([], images, shown(tree)):
+        ids = [name for name in Reader(report_page(scores, [tmp_path])).ids if name.startswith("figure_")]
+        assert sorted(ids) == sorted(f"figure_{name}" for name in names)
+    assert all(f"figure_{name}" in CAPTIONS for name in names[:-1])
+    assert "λ = 0 is sCM alone" in CAPTIONS["figure_lambda"]
+
+
+def test_big_clips_are_reduced() -> None:
+    clip = np.zeros((81, 480, 832, 3), dtype=np.uint8)
+    clip[-1] = 200
+    reduced = _reduced(clip)
+    assert reduced.shape == (16, 152, 264, 3)
+    assert reduced[-1].min() == 200 and reduced[0].max() == 0  # the first frame and the last
+    with Image.open(io.BytesIO(_animated(reduced, exact=False))) as made:
+        assert (made.format, made.size, made.is_animated) == ("WEBP", (264, 152), True)
+
+
 @pytest.mark.parametrize(
     ("stage", "path", "belongs"),
     [
@@ -231,6 +290,11 @@ def test_the_page_is_about_the_given_scores_only(tree: Path) -> None:
         ("distill", "images-rcm-0.tsv", True),
         ("distill", "data/tiny/images/rcm-00/dcp", False),
         ("synthesize", "images-1-of-2.tsv", True),
+        ("measure", "images-rcm-0-4-report-1-of-2.tsv", True),
+        ("measure", "results/big/images/measured/rcm-1-4/report/1-of-2.jsonl", False),
+        ("evaluate", "results/big/images/text/rcm-0-4.json", True),
+        ("official", "results/big/images/official/rcm-0-2.jsonl", False),
+        ("throughput", "results/big/images/throughput/rcm-0-4.json", True),
     ],
 )
 def test_what_is_of_other_models_is_left_out(stage: str, path: str, belongs: bool) -> None:

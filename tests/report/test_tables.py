@@ -12,7 +12,7 @@ import pytest
 
 from rcm.artefact import UserError
 from rcm.evaluation.scores import evaluate
-from rcm.report.panels import panels
+from rcm.report.panels import Panel, panels
 from rcm.report.rows import from_csv, to_csv
 from rcm.report.scores import CONTROLS
 from rcm.report.tables import make_table
@@ -137,9 +137,246 @@ def test_scores_of_the_evaluation_fit(
         assert {"Dynamic degree", "Temporal flickering", "Spatial relationship strict", "Colour"} <= shown
 
 
+# --- Real evaluators -----------------------------------------------------------------------------------------------
+
+PAPER = Path(__file__).parents[2] / "config/published"
+
+
+def shown(made: dict[str, str]) -> dict[str, Panel]:
+    return {panel.title: panel for panel in panels(from_csv(made["csv"]))}
+
+
+def texts(panel: Panel) -> list[list[str]]:
+    return [[f"{cell.text} {cell.note}".strip() for cell in line] for _, lines in panel.groups for line in lines]
+
+
+def of(score: dict[str, Any], **evaluator: Any) -> dict[str, Any]:
+    """The score with other facts about its evaluation."""
+    return score | {"evaluator": score["evaluator"] | evaluator}
+
+
+@pytest.fixture(scope="module")
+def real(
+    genevals: list[dict[str, Any]], vbenches: list[dict[str, Any]], speeds: list[dict[str, Any]]
+) -> dict[str, dict[str, str]]:
+    return {
+        "table1": make_table("table1", genevals, [], PAPER / "table1.csv"),
+        "table2": make_table("table2", vbenches, [], PAPER / "table2.csv", throughput=speeds),
+        "table3": make_table("table3", [], [], PAPER / "table3.csv"),
+    }
+
+
+def test_panels_of_a_real_scale_stand_in_their_order(real: dict[str, dict[str, str]]) -> None:
+    assert list(shown(real["table1"])) == [
+        "GenEval (HF Mask2Former)",
+        "Beside the paper: GenEval (HF Mask2Former)",
+        "Diversity",
+        "GenEval, as printed in Table 1 of the rCM paper",
+    ]
+    assert list(shown(real["table2"])) == [
+        "VBench (official code)",
+        "Beside the paper: VBench (official code)",
+        "VBench (official code): dimensions",
+        "VBench, as printed in Table 2 of the rCM paper",
+    ]
+
+
+def test_difference_from_the_paper_is_that_of_hand(real: dict[str, dict[str, str]]) -> None:
+    vbench = texts(shown(real["table2"])["Beside the paper: VBench (official code)"])
+    assert len(vbench) == 4 * 3
+    assert vbench[0] == ["Teacher", "50", "Total", "82.70 [80.70, 84.70]", "83.02", "-0.32", "yes"]  # percent
+    assert vbench[1] == ["", "", "Quality", "83.70 [81.70, 85.70]", "83.95", "-0.25", "yes"]
+    assert vbench[6] == ["rCM", "2", "Total", "81.00 [79.00, 83.00]", "84.09", "-3.09", "no"]
+    geneval = texts(shown(real["table1"])["Beside the paper: GenEval (HF Mask2Former)"])
+    assert len(geneval) == 4 * 7
+    assert geneval[21] == ["rCM", "4", "Overall", "0.812 [0.792, 0.832]", "0.81", "+0.002", "yes"]  # fractions
+    assert geneval[26] == ["", "", "Position", "0.612 [0.592, 0.632]", "0.58", "+0.032", "no"]
+
+
+def test_only_models_and_steps_of_the_paper_stand_beside_it(genevals: list[dict[str, Any]]) -> None:
+    big = [of(score, paper="14B") for score in genevals]  # of which the paper has no DMD2
+    found = {line[0] for line in texts(list(shown(make_table("table1", big, [], PAPER / "table1.csv")).values())[1])}
+    assert found == {"Teacher", "rCM", ""}
+    for other in ([of(score, paper=None) for score in genevals], [score | {"steps": 3} for score in genevals[2:3]]):
+        titles = list(shown(make_table("table1", other, [], PAPER / "table1.csv")))
+        assert not any("Beside" in title for title in titles)
+
+
+def test_published_rows_never_stand_among_measured_ones(real: dict[str, dict[str, str]]) -> None:
+    for name in ("table1", "table2"):
+        *own, paper = shown(real[name]).values()
+        assert paper.published and not any(panel.published for panel in own)
+        names = {line[0] for panel in own for line in texts(panel)}
+        assert not any("Cosmos" in found or "Wan" in found or "SD" in found for found in names)
+
+
+def test_captions_say_what_moves_a_score(real: dict[str, dict[str, str]], genevals: list[dict[str, Any]]) -> None:
+    panel = shown(real["table1"])["GenEval (HF Mask2Former)"]
+    said = f"{panel.caption} {panel.provenance}"
+    for fact in (
+        "553 prompts, 2212 samples (4 each)",
+        "(1000 resamples, seed 0)",
+        "not GenEval (mmdet) numbers",
+        "mask2former-swin-small-coco-instance abababababab,",
+        "on NVIDIA H100 80GB HBM3, torch 2.13.0, transformers 5.23.0",
+        "Known-image check: 0.95 of 20 facts.",
+        "Prompts: evaluation_metadata.jsonl, SHA-256 5c48e0813e81.",
+        "σ_max: 80 (Teacher), 1600 (DMD2, rCM).",
+    ):
+        assert fact in said
+    for score in genevals:
+        assert score["evaluator"]["sampling"]["checkpoint_sha256"][:12] in said
+    for name in ("table1", "table2"):
+        assert all(panel.provenance for panel in shown(real[name]).values() if not panel.published)
+    assert "14d1253d57725f2f" not in said  # a hash is shown by twelve digits, and whole in the CSV
+    row = from_csv(real["table1"]["csv"])[0]
+    assert len(row.checkpoint_sha256) == 64 and row.sigma_max == "80" and row.device == "NVIDIA H100 80GB HBM3"
+
+
+def test_scores_of_two_detectors_get_panels_of_their_own(genevals: list[dict[str, Any]]) -> None:
+    official = [of(score, name="GenEval (mmdet)", models={"mmdet": "aa" * 32}) for score in genevals]
+    made = make_table("table1", [*genevals, *official], [], PAPER / "table1.csv")
+    found = shown(made)
+    apart = {title: panel for title, panel in found.items() if title.startswith("GenEval (") and "group" in title}
+    assert list(apart) == ["GenEval (HF Mask2Former), group 1 of 2", "GenEval (mmdet), group 2 of 2"]
+    for (title, panel), other in zip(apart.items(), ("2", "1"), strict=True):
+        assert f"Not comparable with group {other}, which differs in evaluator and models." in panel.provenance, title
+        assert len(texts(panel)) == len(genevals)
+    assert make_table("table1", [*official, *genevals], [], PAPER / "table1.csv") == made
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"prompts_sha256": "01" * 32}, "prompts"),
+        ({"missing": ["00012/samples/0003.png", "00013/samples/0000.png"]}, "what is missing"),
+        ({"known": {"score": 0.5, "facts": 20}}, "known-image check"),
+        ({"protocol": "vbench-long"}, "protocol"),
+        ({"gpus": 8}, "number of GPUs"),
+    ],
+)
+def test_what_cannot_be_compared_shares_no_column(
+    change: dict[str, Any], word: str, genevals: list[dict[str, Any]]
+) -> None:
+    teacher, *students = genevals
+    made = make_table("table1", [of(teacher, **change), *students], [], PAPER / "table1.csv")
+    headlines = [panel for title, panel in shown(made).items() if title.startswith("GenEval (")]
+    assert [len(texts(panel)) for panel in headlines] == [1, 3]
+    assert f"which differs in {word}." in headlines[0].provenance
+    if "missing" in change:
+        assert "Missing: 2 (00012/samples/0003.png, 00013/samples/0000.png)." in headlines[0].provenance
+
+
+def test_seeds_are_averaged_among_comparable_scores_only(genevals: list[dict[str, Any]]) -> None:
+    first = genevals[2]
+    second, third = (first | {"model": f"rcm-{seed}"} for seed in (1, 2))
+    metrics = third["metrics"] | {"geneval.overall": third["metrics"]["geneval.overall"] | {"value": 0.5}}
+    made = make_table("table1", [first, second, of(third | {"metrics": metrics}, gpus=8)], [], PAPER / "table1.csv")
+    rows = [row for row in from_csv(made["csv"]) if row.metric == "geneval.overall"]
+    assert {(row.seed, row.value) for row in rows} == {
+        *(("0", "0.812000"), ("1", "0.812000"), ("mean", "0.812000"), ("2", "0.500000"))
+    }
+
+
+def test_scores_of_another_version_are_refused_by_name(genevals: list[dict[str, Any]]) -> None:
+    old = of(genevals[2], version="0")
+    with pytest.raises(UserError, match=r"results/images/scores/rcm-0-4\.json is by version 0 of the evaluator"):
+        make_table("table1", [*genevals[:2], old], [], PAPER / "table1.csv")
+    with pytest.raises(UserError, match=r"rcm-0-4\.json is a second score"):
+        make_table("table1", [genevals[2], genevals[2]], [], PAPER / "table1.csv")
+
+
+def test_diversity_stands_beside_quality_at_one_sigma_max(
+    real: dict[str, dict[str, str]], genevals: list[dict[str, Any]], made: dict[str, dict[str, str]]
+) -> None:
+    panel = shown(real["table1"])["Diversity"]
+    assert panel.head == ["Model", "Steps", "GenEval\noverall", "CLIP distance", "DINO distance", "VBench-2.0"]
+    assert texts(panel)[2][2] == "0.777 [0.757, 0.797]"
+    assert "480 samples, prompts' SHA-256 eeeeeeeeeeee." in panel.caption
+    assert "σ_max: 80 (Teacher), 1600 (DMD2, rCM)." in panel.caption
+    assert shown(made["table1"])["Diversity"].head[2] == "ShapeEval\noverall"
+    diverse = genevals[2]["evaluator"]["diversity"] | {"sampling": {"sigma_max": 80}}
+    with pytest.raises(UserError, match=r"rcm-0-4\.json has quality at sigma_max 1600 and diversity at 80"):
+        make_table("table1", [of(genevals[2], diversity=diverse)], [], PAPER / "table1.csv")
+
+
+def test_native_dimensions_stand_apart_with_their_difference(real: dict[str, dict[str, str]]) -> None:
+    panel = shown(real["table2"])["VBench (official code): dimensions"]
+    found = {name: [line[:3] for line in lines] for name, lines in panel.groups}
+    assert [cell.text for cell in found["Official code"][0]] == ["Subject consistency", "official", "0.9600"]
+    assert [cell.text for cell in found["Implemented here"][0]] == ["Subject consistency", "same formula", "0.9588"]
+    gaps = found["Implemented here − official code"]
+    assert [[cell.text for cell in line] for line in gaps] == [
+        ["Subject consistency", "derived", "-0.0012"],
+        ["Temporal flickering", "derived", "+3e-08"],
+    ]
+    assert "dino-vitb16 0d0d0d0d0d0d" in panel.caption
+
+
+def test_native_dimensions_alone_have_no_total(vbenches: list[dict[str, Any]], speeds: list[dict[str, Any]]) -> None:
+    def native(score: dict[str, Any]) -> dict[str, Any]:
+        kept = {key: entry for key, entry in score["metrics"].items() if key.startswith("vbench_native.")}
+        kept |= {"diversity.clip_distance": {"value": 0.2, "low": 0.1, "high": 0.3, "kind": "same_formula"}}
+        return of(score | {"metrics": kept}, name="VBench (native part)", native=None, native_minus_official=None)
+
+    found = shown(make_table("table2", list(map(native, vbenches)), [], PAPER / "table2.csv", throughput=speeds))
+    titles = [f"VBench (native part): {what}" for what in ("throughput", "dimensions")]
+    assert list(found)[:-1] == [*titles, "Diversity"]
+    assert found["Diversity"].head[2:] == ["Subject consistency", "Temporal flickering", "CLIP distance"]
+    assert "other benchmark" in list(found.values())[-1].caption  # nothing here is comparable with the paper's totals
+
+
+def test_speed_is_a_column_with_its_card(
+    real: dict[str, dict[str, str]], vbenches: list[dict[str, Any]], speeds: list[dict[str, Any]]
+) -> None:
+    panel = shown(real["table2"])["VBench (official code)"]
+    assert panel.head[-1] == "Frames/s"
+    assert [line[-1] for line in texts(panel)] == ["0.716", "14.0", "22.6", "14.0"]
+    assert "batch 1, sampling and decoding, bfloat16, on NVIDIA H100 80GB HBM3." in panel.caption
+    mixed = [*speeds[:-1], speeds[-1] | {"device": "NVIDIA H200"}]
+    panel = shown(make_table("table2", vbenches, [], PAPER / "table2.csv", throughput=mixed))["VBench (official code)"]
+    assert texts(panel)[2][-1] == "22.6 NVIDIA H200" and texts(panel)[0][-1] == "0.716 NVIDIA H100 80GB HBM3"
+    assert "not to be compared across devices" in panel.caption
+    for wrong in ({"steps": 8}, {"batch": 4}):
+        with pytest.raises(UserError, match="rcm-0-"):
+            make_table("table2", vbenches, [], PAPER / "table2.csv", throughput=[speeds[2] | wrong])
+
+
+def test_table3_is_the_papers_own(real: dict[str, dict[str, str]]) -> None:
+    (panel,) = shown(real["table3"]).values()
+    assert panel.published
+    assert "not reproduced: the TI2V network is not part of this version" in panel.caption
+    assert texts(panel)[1] == ["Cosmos-Predict2 TI2V + rCM", "2B, 1280×704×93", "4", "4.6", "84.40", "88.2"]
+    with pytest.raises(UserError, match="published rows alone"):
+        make_table("table3", [], [], None)
+
+
+def test_small_text_says_that_the_paper_has_none(genevals: list[dict[str, Any]]) -> None:
+    metrics = {"text.cer": {"value": 0.31, "low": 0.25, "high": 0.36, "kind": "analogue"}}
+    scores = [
+        of(score | {"metrics": metrics}, name="Small text (RapidOCR)", paper=None, diversity=None) for score in genevals
+    ]
+    made = make_table("table_text", scores, [], None)
+    assert made["md"].startswith("# Small text\n")
+    (panel,) = shown(made).values()
+    assert "The paper has no such number" in panel.caption
+    assert panel.head == ["Model", "Steps", "CER"] and texts(panel)[2] == ["rCM", "1", "0.310 [0.250, 0.360]"]
+
+
+def test_every_csv_is_read_back_and_one_of_another_version_refused(real: dict[str, dict[str, str]]) -> None:
+    for texts_ in real.values():
+        assert to_csv(from_csv(texts_["csv"])) == texts_["csv"]
+    with pytest.raises(UserError, match=r"old\.csv has the columns of another version"):
+        from_csv("table,block\ntable1,models\n", "old.csv")
+
+
 def test_mistakes_are_one_sentence(scores: Scores, published: Path, tmp_path: Path) -> None:
     models, controls = split(scores["images"])
-    with pytest.raises(UserError, match="table3"):
+    with pytest.raises(UserError, match="table9"):
+        make_table("table9", models, controls, published)
+    with pytest.raises(UserError, match="no scores"):
+        make_table("table1", [], controls, published)
+    with pytest.raises(UserError, match="published rows alone"):
         make_table("table3", models, controls, published)
     with pytest.raises(UserError, match="clips"):
         make_table("table2", models, controls, published)
@@ -150,17 +387,21 @@ def test_mistakes_are_one_sentence(scores: Scores, published: Path, tmp_path: Pa
         make_table("table1", models, controls, tmp_path / "bad.csv")
 
 
-def test_latex_escapes_what_it_must(made: dict[str, dict[str, str]]) -> None:
-    tex = made["table1"]["tex"]
+def test_latex_escapes_what_it_must(made: dict[str, dict[str, str]], real: dict[str, dict[str, str]]) -> None:
+    tex = made["table1"]["tex"] + real["table1"]["tex"]
     assert r"SD\_X \& L" in tex
     assert "×" not in tex and "÷" not in tex and "–" not in tex
     assert tex.count("{") == tex.count("}")
     assert tex.isascii()
+    assert r"$\sigma_{\max}$: 80 (Teacher)" in tex and r"evaluation\_metadata.jsonl" in tex and "clip-vit-large" in tex
+    assert " & $-$0.004 & yes" in tex
 
 
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="needs pdflatex")
-def test_latex_compiles_within_the_page(made: dict[str, dict[str, str]], tmp_path: Path) -> None:
-    body = "\n\\clearpage\n".join(texts["tex"] for texts in made.values())
+def test_latex_compiles_within_the_page(
+    made: dict[str, dict[str, str]], real: dict[str, dict[str, str]], tmp_path: Path
+) -> None:
+    body = "\n\\clearpage\n".join(texts["tex"] for texts in (*made.values(), *real.values()))
     head = r"\documentclass{article}\usepackage[margin=2.2cm]{geometry}\usepackage{booktabs}\begin{document}"
     (tmp_path / "page.tex").write_text(head + body + r"\end{document}")
     command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "page.tex"]

@@ -12,21 +12,43 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 from PIL import Image
 
 from rcm.artefact import UserError, read_json
 from rcm.report.figures import chosen_prompts, sample_runs
 from rcm.report.findings import findings
 from rcm.report.panels import heading, panels
-from rcm.report.rows import from_csv
-from rcm.report.scores import CONTROLS, Estimate, Run, Score, compare, in_order, number, ratio, reported, run_of
+from rcm.report.rows import comparable, from_csv
+from rcm.report.scores import (
+    CONTROLS,
+    Estimate,
+    Run,
+    Score,
+    compare,
+    headline,
+    in_order,
+    label,
+    number,
+    ratio,
+    reported,
+    run_of,
+)
 
 FRAME_MS = 160  # of a clip on the page
 CAPTIONS = {
     "figure_samples": "One sample a model and number of steps, from the same initial noise. The prompts are the first "
-    "of each task, not chosen by eye. Pixels are enlarged without smoothing.",
+    "of each task, not chosen by eye. Small pictures are enlarged without smoothing, big ones scaled down.",
     "figure_quality_diversity": "Quality against diversity with 95 % intervals; numbers are sampling steps. Up and to "
-    "the right is better; the dotted line is the diversity of ground-truth renders.",
+    "the right is better; a dotted line is the diversity of ground-truth renders.",
+    "figure_steps": "Quality and diversity against sampling steps, means over training seeds with 95 % intervals; the "
+    "band is the teacher at its own number of steps. What the paper printed has a panel of its own.",
+    "figure_lambda": "The weight λ of DMD beside sCM in rCM, as in figure 7 of the paper, with diversity beside "
+    "quality by the same sampler: at 0, 0.1, 1, 10 and 100 times the scale's own λ. λ = 0 is sCM alone, 1 the students "
+    "of the tables. λ√D, with D the numbers in a sample's latents, makes scales of different size comparable. The "
+    "paper's numbers are of Wan2.1 1.3B in a training of its own, so they have a panel of their own.",
+    "figure_rollout": "Times of the student's own rollouts, random against fixed, in rCM and in DMD alone, after as "
+    "many updates of the student; below, random − fixed with 95 % intervals, paired by prompt where that can be done.",
     "figure_training": "Training of the students: every update faintly, the running median in full. The sCM loss "
     "is near 1 by construction; its information is in the gradient and in the norm of the tangent.",
     "figure_precision": "Rounding in the network: its distance to float64 in the velocity F and in the tangent "
@@ -37,16 +59,20 @@ CAPTIONS = {
 }
 MEDIA = {"table1": "images", "table2": "clips"}
 PER_MODEL = {  # stages with jobs for each
-    "distill": "model",
-    "export": "model",
-    "sample": "steps",
-    "evaluate": "steps",
-    "precision": "model",
+    **dict.fromkeys(("distill", "export", "precision"), "model"),
+    **dict.fromkeys(("sample", "measure", "arrange", "official", "evaluate", "throughput"), "steps"),
 }
 STAGES = (
-    *("prompts", "download", "pretrain", "convert", "synthesize", "distill", "export", "sample", "evaluate"),
-    *("precision", "table", "figure", "report"),
+    *("prompts", "download", "pretrain", "convert", "embed", "synthesize", "distill", "export", "sample", "measure"),
+    *("arrange", "official", "evaluate", "throughput", "precision", "table", "figure", "report"),
 )
+OVERVIEWS = {  # what headline scores are
+    "shapeeval.overall": "Share of correct samples, mean of the six tasks",
+    "geneval.overall": "Share of correct images, mean of the six tasks",
+    "vbench.total": "VBench's total, 0.8 quality + 0.2 semantic",
+}
+PLOTS = ("quality_diversity", "steps", "lambda", "rollout", "training", "precision")  # figures of lines and points
+CLIP_WIDTH, CLIP_FRAMES = 264, 16  # of clips too big to be embedded as they are
 
 
 def report_page(
@@ -91,7 +117,9 @@ def report_page(
         number=number,
         lead=_lead(scores),
         media=_media(scores),
+        shapes=any("shapeeval.overall" in score["metrics"] for score in scores),
         tables=[(name, heading(name), made) for name, made in tables.items()],
+        placed=_placed(scores),
         figures={name: _picture(path) for name, path in figures.items()},
         clips=_clips(folders, scores),
         configuration=configuration,
@@ -100,6 +128,15 @@ def report_page(
         host=_host(runs),
         chains=_chains(records),
     )
+
+
+def _placed(scores: Iterable[Score]) -> list[str]:
+    """Figures that have their place on the page; the others stand after them."""
+    media = _mediums(scores)
+    places = {"figure_samples": "images" in media, "figure_clips": "clips" in media}
+    places |= dict.fromkeys(("figure_quality_diversity", "figure_steps"), bool(media))
+    always = ("figure_lambda", "figure_rollout", "figure_training", "figure_precision")
+    return [*(name for name, there in places.items() if there), *always]
 
 
 def _files(folders: Iterable[Path], pattern: str) -> list[Path]:
@@ -111,12 +148,12 @@ def _files(folders: Iterable[Path], pattern: str) -> list[Path]:
 def _belongs(stage: str, path: str | Path, scores: Iterable[Score]) -> bool:
     """Whether an artefact or a benchmark is of a model that the page is about, or of none.
 
-    Artefacts are `{media}/{student}/...`, `{media}/samples/{model}-{steps}/...`, `{media}/scores/{model}-{steps}.*` and
-    `{media}/precision/{model}.json`; benchmarks the same with dashes, where controls have no steps.
+    Artefacts are `{media}/{student}/...` and `{media}/KIND/{model}-{steps}...` with `samples`, `scores`, `measured` and
+    others as KIND, of which `precision` has no steps; benchmarks the same with dashes, where controls have no steps.
     """
     if stage not in PER_MODEL:
         return True
-    place = re.sub(r"/(samples/|scores/|precision/)?", "-", str(path))
+    place = re.sub(r"/((samples|scores|text|measured|official|throughput|precision)/)?", "-", str(path))
     names = {f"{s['media']}-{s['model']}" for s in scores if PER_MODEL[stage] == "model" or s["model"] in CONTROLS}
     names |= {f"{s['media']}-{s['model']}-{s['steps']}" for s in scores if PER_MODEL[stage] == "steps"}
     return any(re.search(rf"(^|-){re.escape(name)}([-.]|$)", place) for name in names)
@@ -133,10 +170,11 @@ def _lead(scores: Sequence[Score]) -> str:
         names = list(dict.fromkeys(run.label for run, _ in own if run.method != "teacher"))
         steps = sorted({run.steps for run, _ in own if run.method != "teacher"})
         if own:
-            count, each = own[0][1]["n_prompts"], own[0][1]["n_samples"] / max(1, own[0][1]["n_prompts"])
+            count, total = own[0][1]["n_prompts"], own[0][1]["n_samples"]
+            each, rest = divmod(total, max(1, count))
             parts.append(
                 f"{medium}: {_and(names) or 'no student'} at {_and(map(str, steps))} steps beside the teacher, "
-                f"{count} prompts with {each:g} samples each"
+                + (f"{count} prompts, {total} samples" if rest else f"{count} prompts with {each} samples each")
             )
     return "; ".join(parts)
 
@@ -166,35 +204,47 @@ class Mark:
 
 
 def _media(scores: Sequence[Score]) -> list[dict[str, Any]]:
-    """For each medium its overview and findings."""
-    said = findings(scores)
+    """For each medium its overviews, one for each set of comparable scores."""
     made = []
     for medium in _mediums(scores):
-        own = in_order(s for s in scores if s["media"] == medium and "shapeeval.overall" in s["metrics"])
-        teacher = [score for run, score in own if run.method == "teacher"]
-        marks = []
-        for run, score in own:
-            student = run.method not in ("teacher", *CONTROLS)
-            share = compare(ratio, "shapeeval.overall", [score], teacher) if student else None
-            marks.append(Mark(run, reported(score, "shapeeval.overall"), share))
-        headlines = [mark for mark in marks if mark.run.method == "rcm" and not mark.run.seed and mark.share]
-        made.append(
-            {
-                "name": medium,
-                "marks": marks,
-                "teacher": next((mark for mark in marks if mark.run.method == "teacher"), None),
-                "headlines": sorted(headlines, key=lambda mark: -mark.run.steps),
-                "findings": [finding for finding in said if finding.media == medium],
-            }
-        )
+        groups = comparable(score for score in scores if score["media"] == medium)
+        own = [[score for score in group if headline(score)] for group in groups]
+        made.append({"name": medium, "overviews": [_overview(group) for group in own if group]})
     return made
+
+
+def _overview(group: Sequence[Score]) -> dict[str, Any]:
+    """Headline scores that may be compared, on one scale, and what they say of the paper's claims."""
+    key = headline(group[0]) or ""
+    own = in_order(group)
+    teacher = [score for run, score in own if run.method == "teacher"]
+    marks = []
+    for run, score in own:
+        student = run.method not in ("teacher", *CONTROLS)
+        share = compare(ratio, key, [score], teacher) if student and teacher else None
+        marks.append(Mark(run, reported(score, key), share))
+    low, high = 0.0, 1.0
+    if key == "vbench.total":  # between models a few hundredths
+        bounds = [x for mark in marks for x in (mark.overall.value, mark.overall.low, mark.overall.high) if x == x]
+        low, high = np.floor(20 * min(bounds)) / 20, np.ceil(20 * max(bounds) + 1e-9) / 20
+    students = [mark for mark in marks if mark.run.method == "rcm" and not mark.run.seed]
+    return {
+        "name": f"{group[0].get('evaluator', {}).get('name', 'ShapeEval')} {label(key).lower()}",
+        "what": OVERVIEWS[key],
+        "marks": marks,
+        "teacher": next((mark for mark in marks if mark.run.method == "teacher"), None),
+        "students": sorted(students, key=lambda mark: -mark.run.steps),
+        "findings": findings(group),
+        "axis": [f"{low:g}", f"{high:g}"],
+        "place": lambda value: f"{100 * (value - low) / (high - low):.2f}",
+    }
 
 
 # --- Pictures ------------------------------------------------------------------------------------------------------
 
 
-def _uri(data: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(data).decode()
+def _uri(data: bytes, kind: str = "png") -> str:
+    return f"data:image/{kind};base64," + base64.b64encode(data).decode()
 
 
 def _picture(path: Path) -> dict[str, Any]:
@@ -206,14 +256,13 @@ def _picture(path: Path) -> dict[str, Any]:
         "width": width // 2,
         "height": height // 2,
         "caption": CAPTIONS.get(path.stem, ""),
-        "plot": path.stem in ("figure_quality_diversity", "figure_training", "figure_precision"),
+        "plot": path.stem.removeprefix("figure_") in PLOTS,
     }
 
 
 def _clips(folders: Sequence[Path], scores: Sequence[Score], count: int = 6) -> dict[str, Any] | None:
     """Clips of the report suite as animations: a row a prompt, a column a model and number of steps."""
-    shown = [s for s in scores if s["media"] == "clips" and s["model"] not in CONTROLS]
-    names = {f"{score['model']}-{score['steps']}" for score in shown}
+    names = {f"{s['model']}-{s['steps']}" for s in scores if s["media"] == "clips" and s["model"] not in CONTROLS}
     parts = [path for path in _files(folders, "clips/samples/*/report/*-of-*") if path.is_dir()]
     runs = sample_runs(path for path in parts if path.parts[-3] in names)
     if not runs:
@@ -223,20 +272,31 @@ def _clips(folders: Sequence[Path], scores: Sequence[Score], count: int = 6) -> 
         cells = []
         for samples in runs:
             clip = samples.frames(prompt)
-            cells.append({"moving": _uri(_animated(clip)), "still": _uri(_animated(clip[:1])), "run": samples.run})
+            small = clip.shape[2] <= CLIP_WIDTH
+            shown = (clip, clip[:1]) if small else (_reduced(clip), _reduced(clip[:1]))
+            moving, still = (_uri(_animated(frames, small), "png" if small else "webp") for frames in shown)
+            cells.append({"moving": moving, "still": still, "small": small, "run": samples.run})
         rows.append({"prompt": runs[0].caption(prompt), "cells": cells})
     return {"runs": [samples.run for samples in runs], "rows": rows}
 
 
-def _animated(clip: Any) -> bytes:
-    """Frames (T, H, W, 3) as a PNG that loops, resting on the last frame."""
+def _reduced(clip: np.ndarray) -> np.ndarray:
+    """At most `CLIP_FRAMES` frames (T, H, W, 3), evenly spaced, scaled down to `CLIP_WIDTH`."""
+    chosen = np.linspace(0, len(clip) - 1, min(CLIP_FRAMES, len(clip))).round().astype(int)
+    size = CLIP_WIDTH, round(clip.shape[1] * CLIP_WIDTH / clip.shape[2])
+    return np.stack([np.asarray(Image.fromarray(clip[i]).resize(size, Image.Resampling.LANCZOS)) for i in chosen])
+
+
+def _animated(clip: np.ndarray, exact: bool) -> bytes:
+    """Frames (T, H, W, 3) as a PNG (`exact`) or a WebP that loops, resting on the last frame."""
     out = io.BytesIO()
     first, *rest = [Image.fromarray(frame) for frame in clip]
+    kind, options = ("PNG", {}) if exact else ("WEBP", {"quality": 75})
     if not rest:
-        first.save(out, "PNG", optimize=True)
+        first.save(out, kind, **options | ({"optimize": True} if exact else {}))
     else:
         durations = [FRAME_MS] * len(rest) + [4 * FRAME_MS]
-        first.save(out, "PNG", save_all=True, append_images=rest, duration=durations, loop=0)
+        first.save(out, kind, save_all=True, append_images=rest, duration=durations, loop=0, **options)
     return out.getvalue()
 
 

@@ -119,6 +119,14 @@ def _key(row: Row) -> tuple[str, ...]:
     return tuple(getattr(row, column) for column in COMPARED)
 
 
+def comparable(scores: Iterable[Score]) -> list[list[Score]]:
+    """Scores in the order of tables, in groups within which they may be compared."""
+    groups: dict[tuple[str, ...], list[Score]] = defaultdict(list)
+    for run, score in in_order(scores):
+        groups[_key(_facts("", "models", run, score))].append(score)
+    return list(groups.values())
+
+
 def file_of(score: Score) -> str:
     """What to call a score in an error."""
     return str(score.get("file") or f"{score['model']}-{score['steps']}.json")
