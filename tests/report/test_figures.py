@@ -326,8 +326,10 @@ def test_steps_refuse_what_does_not_compare(students: list[Path], tmp_path: Path
     other = stored(tmp_path / "other", "scm-0", 4, 0.7, name="GenEval (HF Mask2Former)")
     with pytest.raises(UserError, match=r"HF Mask2Former.*mmdet"):
         figure_steps([*students, other])
-    with pytest.raises(UserError, match="prompts cdcdcdcdcdcd"):
+    with pytest.raises(UserError, match=r"in prompts.*cdcdcdcdcdcd"):
         figure_steps([*students, stored(tmp_path / "prompts", "scm-0", 4, 0.7, prompts_sha256="cd" * 32)])
+    with pytest.raises(UserError, match=r"what is missing.*0003.png; nothing"):
+        figure_steps([*students, stored(tmp_path / "part", "scm-0", 4, 0.7, missing=["00001/samples/0003.png"])])
     with pytest.raises(UserError, match=r"neither a score"):
         figure_steps([tmp_path / "picture.png"])
 
@@ -338,7 +340,7 @@ def test_sigma_max_is_named_and_must_be_one(tmp_path: Path, words: list[str]) ->
     first = stored(tmp_path, "rcm-0", 4, 0.8, **low)
     figure_steps([teacher, first])
     assert any("= 80" in word for word in words)
-    with pytest.raises(UserError, match="σ_max 1600; σ_max 80"):
+    with pytest.raises(UserError, match="σ_max and cannot be compared: 1600; 80"):
         figure_steps([teacher, first, stored(tmp_path, "dmd2-0", 4, 0.8, **high)])
 
 

@@ -29,8 +29,8 @@ ROLLOUTS = {"rcm": ("rcm", "rcm-fixed-rollout"), "dmd": ("dmd-random-rollout", "
 def by_medium(scores: Iterable[Score]) -> dict[str, list[Score]]:
     """Scores of images and of clips, in the order of tables.
 
-    Raises UserError where those of a medium come from different evaluators or prompts, or students were sampled from
-    different σ_max, or one is there twice: then their numbers do not belong on one axis.
+    Raises UserError where those of a medium come from different evaluators or prompts, where students were sampled
+    from different σ_max, or one is there twice: then their numbers do not belong on one axis.
     """
     found: dict[str, list[Score]] = {}
     for _, score in in_order(scores):
@@ -39,21 +39,20 @@ def by_medium(scores: Iterable[Score]) -> dict[str, list[Score]]:
         models = [f"{score['model']} at {score['steps']} steps" for score in own]
         if twice := sorted({model for model in models if models.count(model) > 1}):
             raise UserError(f"there are two scores of {twice[0]} for {medium}; give one")
-        _same(medium, "evaluators or prompts", map(_instrument, own))
-        beside = {said for score in own if (said := _evaluator(score).get("diversity", {}).get("prompts_sha256"))}
-        _same(medium, "prompts for diversity", (f"SHA-256 {said[:12]}" for said in beside))
-        starts = {start for score in own if (start := sigma_max(score)) is not None}
-        _same(medium, "sampling", (f"σ_max {start:g}" for start in starts))
+        facets = [_facets(score) for score in own]
+        for what in facets[0]:
+            _same(medium, what, (facet[what] for facet in facets))
+        beside = [(_evaluator(score).get("diversity") or {}).get("prompts_sha256") for score in own]
+        _same(medium, "prompts for diversity", (f"SHA-256 {said[:12]}" for said in beside if said))
+        starts = [start for score in own if (start := sigma_max(score)) is not None]
+        _same(medium, "σ_max", (f"{start:g}" for start in starts))
     return {medium: found[medium] for medium in sorted(found, reverse=True)}
 
 
 def _same(medium: str, what: str, found: Iterable[str]) -> None:
     different = sorted(set(found))
     if len(different) > 1:
-        raise UserError(
-            f"the scores of {medium} are of different {what} and cannot be compared: {'; '.join(different)}. "
-            "Give scores of one"
-        )
+        raise UserError(f"the scores of {medium} differ in {what} and cannot be compared: {'; '.join(different)}")
 
 
 def _evaluator(score: Score) -> Mapping[str, Any]:
@@ -61,11 +60,18 @@ def _evaluator(score: Score) -> Mapping[str, Any]:
     return found
 
 
-def _instrument(score: Score) -> str:
+def _facets(score: Score) -> dict[str, str]:
+    """What scores must agree in, by what to call it."""
     said = _evaluator(score)
-    name = said.get("name") or FAMILIES.get((headline(score) or "").partition(".")[0], "an evaluator")
-    prompts = str(said.get("prompts_sha256") or "unknown")[:12]
-    return f"{name}, version {said.get('version', 'unknown')}, prompts {prompts}"
+    name = said.get("name") or FAMILIES.get((headline(score) or "").partition(".")[0], "unknown")
+    return {
+        "evaluator": f"{name}, version {said.get('version', 'unknown')}",
+        "protocol": str(said.get("protocol")),
+        "detector or models": str(said.get("models") or said.get("detector")),
+        "prompts": f"SHA-256 {str(said.get('prompts_sha256'))[:12]}",
+        "number of samples": str(score.get("n_samples")),
+        "what is missing": ", ".join(map(str, said.get("missing") or ["nothing"])),
+    }
 
 
 def sigma_max(score: Score) -> float | None:
