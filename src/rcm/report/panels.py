@@ -62,6 +62,11 @@ class Panel:
     published: bool = field(default=False)
     provenance: str = ""
 
+    @property
+    def stacked(self) -> bool:
+        """Whether a line has so many intervals that it fits a page only with each below its number."""
+        return any(sum(bool(cell.note) for cell in line) >= 5 for _, lines in self.groups for line in lines)
+
 
 def heading(table: str) -> str:
     """What a table is called: "Table 1: images"; the small text has no number, for the paper has no such table."""

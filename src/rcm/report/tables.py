@@ -96,7 +96,6 @@ _TEX = {character: "\\" + character for character in "&%$#_{}"} | {
 }
 _TEX |= {"×": r"$\times$", "÷": r"$\div$", "≥": r"$\ge$", "λ": r"$\lambda$", "σ_max": r"$\sigma_{\max}$", "−": "$-$"}
 _TEX |= {"-": "$-$", "–": "--", "…": r"\dots{}", "“": "``", "”": "''", "~": r"\textasciitilde{}"}  # - only where a sign
-STACKED = 5  # numbers with intervals in a line from which on LaTeX sets intervals below their numbers
 
 
 def _tex(text: str) -> str:
@@ -123,14 +122,13 @@ def to_latex(name: str, made: Iterable[Panel]) -> str:
     for index, panel in enumerate(made):
         caption = rf"\textbf{{{_tex(panel.title)}.}} {_tex(f'{panel.caption} {panel.provenance}'.strip())}"
         columns = "@{}" + "".join("l" if i < panel.names else "r" for i in range(len(panel.head))) + "@{}"
-        stacked = any(sum(bool(c.note) for c in line) >= STACKED for _, printed in panel.groups for line in printed)
         body = []
         for block, printed in panel.groups:
             body.append(r"\midrule")
             if len(panel.groups) > 1:
                 body.append(rf"\multicolumn{{{len(panel.head)}}}{{@{{}}l}}{{\emph{{{_tex(block)}}}}} \\")
             for line in printed:
-                body.append(" & ".join(_tex_cell(cell, stacked) for cell in line) + r" \\")
+                body.append(" & ".join(_tex_cell(cell, panel.stacked) for cell in line) + r" \\")
         parts.append(
             "\n".join(
                 [
