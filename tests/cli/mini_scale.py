@@ -1,4 +1,4 @@
-"""A scale of real models in miniature: every format and every kind of network, with random weights."""
+"""A scale of real models in miniature: every format and every kind of network and evaluator, with random weights."""
 
 import json
 import shutil
@@ -40,15 +40,27 @@ NETWORK = {
 WAN = {**NETWORK, "kind": "wan", "time_width": 8, "time_scale": 1000.0, "positions": None}
 COSMOS = {**NETWORK, "kind": "cosmos", "adaln_width": 8, "rope_scale": [1.0, 4.0, 4.0], "time_scale": 1.0}
 PROMPTS = ["a red circle", "a blue, red circle", "red & blue", "a circle", "circles"]
+NAMES = ["red", "blue, red", "both", "circle", "circles"]  # of the same prompts, by which clips are named
+ASKED = [  # VBench's dimensions of the first two; the others are not sampled
+    ["subject_consistency", "background_consistency", "temporal_flickering"],
+    ["appearance_style", "aesthetic_quality"],
+]
 PIPELINE = {
     "methods": ["rcm"],
     "clips": "all",
     "steps": [1],
     "nproc": 1,
     "controls": [],
-    "tables": [],
-    "figures": ["figure_training"],
-    "scatter": {"synthesize": 2, "embed": 2, "report": 1, "diversity": 1},
+    "figures": ["figure_training", "figure_steps", "figure_precision"],
+    "scatter": {"synthesize": 2, "embed": 2, "report": 2, "diversity": 1, "text": 1},
+}
+OF_MEDIA: dict[str, dict[str, list[str]]] = {
+    "images": {"tables": ["table1", "table3", "table_text"], "figures": ["figure_samples", "figure_quality_diversity"]},
+    "clips": {"tables": ["table2", "table_text"], "figures": ["figure_clips"]},
+}
+EVALUATORS = {
+    "images": ("detector", "clip_large", "dinov2", "vgg"),
+    "clips": ("dino", "clip_base", "clip_large", "aesthetic", "dinov2", "vgg"),
 }
 EXPERIMENTS = {  # miniature: what it is one of
     "mini-wan-clips": "wan2.1-1.3b-clips",
@@ -84,11 +96,18 @@ def write(folder: Path) -> Path:
     torch.save({**t5, "decoder.block.0.weight": torch.ones(2), "lm_head.weight": torch.ones(2)}, files / "t5.bin")
     write_tokenizer(files / "tokenizer")
     (files / "prompts.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
+    (files / "names.txt").write_text("\n".join(NAMES) + "\n", encoding="utf-8")
+    style = {"appearance_style": {"appearance_style": "pixel art"}}
+    asked = [*ASKED, *(["scene"] for _ in NAMES[len(ASKED) :])]
+    info = [{"prompt_en": name, "dimension": d, "auxiliary_info": style} for name, d in zip(NAMES, asked, strict=True)]
+    (files / "info.json").write_text(json.dumps(info), encoding="utf-8")
 
     sources["clips"] = {
         "transformer": files / "wan.safetensors",
         "synthesizer": files / "large",
         "text": files / "umt5.pth",
+        "prompts_names": files / "names.txt",
+        "prompts_info": files / "info.json",
     }
     sources["images"] = {"transformer": files / "model.pt", "text": files / "t5.bin"}
     config = folder / "config"
@@ -102,13 +121,18 @@ def write(folder: Path) -> Path:
             for key, path in {**shared, **sources[media]}.items()
             if path is not None
         }
+        for key in EVALUATORS[media]:  # which `write_evaluators` makes
+            place = f"{key}.pth" if key in ("aesthetic", "vgg") else f"{key}/"
+            checkpoints[key] = {"source": f"{files}/{place}", "sha256": None}
         text = {"kind": "umt5" if media == "clips" else "t5", **SIZES}
         network = WAN if media == "clips" else COSMOS
-        (config / "scale" / f"{scale}.yaml").write_text(yaml.safe_dump(PIPELINE))
+        own = OF_MEDIA[media]
+        pipeline = {**PIPELINE, **own, "figures": [*PIPELINE["figures"], *own["figures"]]}
+        (config / "scale" / f"{scale}.yaml").write_text(yaml.safe_dump(pipeline))
         _write(config / "experiment" / f"{name}.yaml", whole, _changed(media, checkpoints, network, text))
         if media == "clips":
-            own = {"student": {"source": str(files / "student.pt")}}
-            own |= {key: checkpoints[key] for key in ("codec", "text", "tokenizer")}
+            released = {"student": {"source": str(files / "student.pt")}}
+            released |= {key: checkpoints[key] for key in ("codec", "text", "tokenizer")}
             model = {
                 "media": media,
                 "frames": 5,
@@ -118,9 +142,33 @@ def write(folder: Path) -> Path:
                 "codec": CODEC,
                 "text": text,
             }
-            model |= {"checkpoints": own, "sampler": {"sigma_max": 80.0, "mid_times": [1.5, 1.4, 1.0]}}
+            model |= {"checkpoints": released, "sampler": {"sigma_max": 80.0, "mid_times": [1.5, 1.4, 1.0]}}
             (config / "model" / "mini-student.yaml").write_text(yaml.safe_dump(model))
     return config
+
+
+def write_evaluators(files: Path) -> None:
+    """Write what looks at samples, with few random weights, into a folder: `published` beside that of `write`."""
+    from tests.evaluation.test_clip import write_clip
+    from tests.evaluation.test_features import write_dino
+    from tests.evaluation.test_mask2former import write_detector
+    from transformers import ViTConfig, ViTModel
+
+    from rcm.evaluation.features import Vgg
+
+    write_detector(files / "detector")
+    write_clip(files / "clip_large")
+    write_clip(files / "clip_base", seed=1)
+    write_dino(files / "dinov2")
+    sizes = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 3}
+    ViTModel(ViTConfig(**sizes, image_size=224, patch_size=16), add_pooling_layer=False).save_pretrained(files / "dino")
+    torch.save({"weight": torch.randn(1, 24), "bias": torch.randn(1)}, files / "aesthetic.pth")
+    with torch.device("meta"):
+        shapes = {name: value.shape for name, value in Vgg().state_dict().items()}
+    same = {  # one number a tensor, so that the file is small
+        name: torch.full((1,), 1 / max(1, shape[1:].numel())).expand(shape) for name, shape in shapes.items()
+    }
+    torch.save(same, files / "vgg.pth")
 
 
 def _random(settings: Mapping[str, Any]) -> nn.Module:
@@ -138,7 +186,8 @@ def _random_codec() -> nn.Module:
 
 def _changed(media: str, checkpoints: Any, network: Any, text: Any) -> dict[str, Any]:
     """What the miniature has otherwise than the scale that it stands for."""
-    suite = {"file": "prompts_report", "prompts": 2, "samples": 1}
+    listed = {"file": "prompts_report", "prompts": 2, "samples": 1, "still_samples": 2}
+    evaluation = {"scorer": "geneval-mask2former", "known_at_least": 0.0} if media == "images" else {}
     return {
         "frames": 5 if media == "clips" else 1,
         "height": 32,
@@ -154,8 +203,16 @@ def _changed(media: str, checkpoints: Any, network: Any, text: Any) -> dict[str,
         "suites": {
             "train": {"prompts": 4},
             "dev": {"prompts": 2, "samples": 1},
-            "report": {"seed": 43, **suite},
-            "diversity": {"seed": 4, **suite},
+            "report": {"seed": 43, "per_task": 1, "samples": 1} if media == "images" else {"seed": 43, **listed},
+            "diversity": {"seed": 4, "file": "prompts_report", "prompts": 1, "samples": 2},
+            "text": {"seed": 5, "prompts": 2, "samples": 1},
+        },
+        "evaluation": {
+            "scorer": "vbench-native",
+            "bootstrap": 20,
+            "throughput": 1,
+            "precision": {"times": 2, "samples": 1},
+            **evaluation,
         },
         "distillation": {
             "student_updates": 2,
@@ -178,14 +235,13 @@ def _write(path: Path, whole: str, changed: Mapping[str, Any]) -> None:
     for key, value in changed.items():
         if key == "suites":
             continue
-        merged = key in ("teacher", "synthesis", "distillation", "parallel", "inference")
+        merged = key in ("teacher", "synthesis", "distillation", "parallel", "inference", "evaluation")
         tree[key] = {**tree[key], **value} if merged else value
     if "synthesizer" not in changed:
         tree["synthesizer"] = changed["network"]
         tree["synthesis"] = tree["teacher"]
-    tree["suites"] = {name: {**tree["suites"][name], **suite} for name, suite in changed["suites"].items()}
-    for name in ("report", "diversity"):
-        tree["suites"][name].pop("per_task", None)
+    drawn = ("train", "dev")
+    tree["suites"] = {k: {**(tree["suites"][k] if k in drawn else {}), **s} for k, s in changed["suites"].items()}
     for key in ("objective", "seed", "suite"):
         tree.pop(key)
     path.write_text("# @package _global_\n" + yaml.safe_dump(tree, allow_unicode=True), encoding="utf-8")

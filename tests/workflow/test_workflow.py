@@ -1,5 +1,6 @@
 """The workflow as a user calls it: which jobs there are, what runs again after which change, and how it complains."""
 
+import json
 import os
 import re
 import shutil
@@ -10,13 +11,14 @@ from pathlib import Path
 
 import pytest
 from tests.cli.mini_scale import write as write_mini_scale
+from tests.cli.mini_scale import write_evaluators
 
 ROOT = Path(__file__).parents[2]
 RULES = {
     *("download_transformer", "download_codec", "convert", "prompts", "synthesize", "distill", "export"),
     *("sample_student", "sample_teacher", "sample_control", "evaluate", "table1", "table2"),
     *("figure_samples", "figure_clips", "figure_quality_diversity", "figure_training", "report", "all"),
-    *("precision", "figure_precision"),
+    *("precision", "figure_precision", "figure_steps", "throughput"),
 }
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -64,6 +66,7 @@ def test_default_target_lists_every_rule(snakemake: Run) -> None:
     assert found["evaluate"] == 5 * 3 + 2 * 4
     assert found["synthesize"] == 4
     assert found["precision"] == 2  # of the teacher and of rCM, images
+    assert found["throughput"] == 1 + 3  # of clips: teacher and rCM
 
 
 def test_one_target_needs_its_own_jobs_only(snakemake: Run) -> None:
@@ -74,14 +77,17 @@ def test_one_target_needs_its_own_jobs_only(snakemake: Run) -> None:
 
 
 REAL = {"transformer", "codec", "text", "tokenizer", "prompts_train"}  # downloads of every real scale
+LOOKING = {"clip_large", "dinov2", "vgg"}  # of every scorer, for diversity
+IMAGES = {"detector"}
+CLIPS = {"prompts_report", "prompts_names", "prompts_info", "dino", "clip_base", "aesthetic"}
 SCALES = {  # scale: students, further downloads
-    "wan2.1-1.3b": (2, {"synthesizer", "prompts_report"}),
-    "wan2.1-14b": (1, {"prompts_report"}),
-    "wan2.1-1.3b-reference": (1, {"synthesizer", "prompts_report"}),
-    "wan2.1-14b-reference": (1, {"prompts_report"}),
-    "cosmos-predict2-0.6b": (2, set()),
-    "cosmos-predict2-2b": (2, set()),
-    "cosmos-predict2-14b": (1, set()),
+    "wan2.1-1.3b": (2, {"synthesizer", *CLIPS}),
+    "wan2.1-14b": (1, CLIPS),
+    "wan2.1-1.3b-reference": (1, {"synthesizer", *CLIPS}),
+    "wan2.1-14b-reference": (1, CLIPS),
+    "cosmos-predict2-0.6b": (2, IMAGES),
+    "cosmos-predict2-2b": (2, IMAGES),
+    "cosmos-predict2-14b": (1, IMAGES),
 }
 
 
@@ -92,11 +98,11 @@ QUICK = ("wan2.1-1.3b",)
 def test_the_scales_of_the_paper(snakemake: Run, scale: str) -> None:
     students, downloads = SCALES[scale]
     found = jobs(snakemake("-n", "--config", f"scale={scale}"))
-    assert {name for name in found if name.startswith("download_")} == {f"download_{name}" for name in REAL | downloads}
+    downloads = REAL | LOOKING | downloads
+    assert {name for name in found if name.startswith("download_")} == {f"download_{name}" for name in downloads}
     assert found.get("convert_synthesizer", 0) == ("synthesizer" in downloads)
     assert (found["distill"], found["export"], found["synthesize"]) == (students, students, 4000)
     assert found["sample_student"] == students * 3 * found["sample_teacher"]  # one, two and four steps
-    assert found["embed"] == 100 + 2  # of training, of what is sampled, and of the previews
 
 
 def test_a_scale_for_less(snakemake: Run) -> None:
@@ -127,8 +133,13 @@ def test_lint(snakemake: Run) -> None:
             r"'tables' contains \"table2\", which is made of clips; .*images only",
         ),
         (
-            ("scale=cosmos-predict2-2b", "tables=[table1]", "controls=[oracle, shuffled]"),
-            r"has no table1: samples of real models are not scored yet",
+            ("scale=cosmos-predict2-2b", "controls=[oracle, shuffled]"),
+            r"'controls' is \[\"oracle\", \"shuffled\"\]; .*scale cosmos-predict2-2b: \[\], for its prompts have no ground",
+        ),
+        (("tables=[table1, table_text]",), r"'tables' contains \"table_text\"; .*the tiny world has no letters"),
+        (
+            ("scale=wan2.1-1.3b", "overrides=[evaluation.scorer=geneval-mmdet]"),
+            r"'evaluation.scorer' is \"geneval-mmdet\"; allowed: vbench or vbench-long or vbench-native, for these clips",
         ),
         (("scale=wan2.1-14b", "overrides=[frames=80]"), r"'frames' is 80; allowed: .*1 \+ a multiple of codec.stride"),
         (("overrides=[distillation.student_updates=50]",), r"'distillation.scm_only' is 200; .*student_updates \(50\)"),
@@ -224,14 +235,24 @@ def test_a_job_runs_again_when_its_numbers_or_its_code_change(snakemake: Run, co
 def test_a_scale_of_real_models_in_miniature(
     snakemake: Run, copy: Path, tmp_path: Path, scale: str, media: str
 ) -> None:
-    """Downloads, conversions, encoded prompts, shards, a student and its samples: all jobs, run for real."""
-    shutil.copytree(write_mini_scale(tmp_path), copy / "config", dirs_exist_ok=True)
+    """Downloads, conversions, encoded prompts, shards, a student, its samples, their scores: all jobs, run for real."""
+    config = write_mini_scale(tmp_path)
+    write_evaluators(config.parent / "published")
+    shutil.copytree(config, copy / "config", dirs_exist_ok=True)
     run = snakemake("-c2", "--config", f"scale={scale}")
     assert run.returncode == 0, run.stdout + run.stderr
-    made = copy / "data" / scale / media
+    made, results = copy / "data" / scale / media, copy / "results" / scale
     assert {path.name for path in (made / "rcm-0").iterdir()} >= {"dcp", "raw", "student.safetensors", "student.pth"}
+    family = "vbench_native" if media == "clips" else "geneval"
     for model in ("teacher-2", "rcm-0-1"):
-        assert len(list((made / "samples" / model / "report").glob("*/*/samples/*"))) == 2
-    assert (copy / "results" / scale / "report.html").stat().st_size > 10_000
+        assert len(list((made / "samples" / model / "report").glob("*/*/samples/*"))) == (3 if media == "clips" else 6)
+        score = json.loads((results / media / "scores" / f"{model}.json").read_text())
+        assert {key.partition(".")[0] for key in score["metrics"]} == {family, "diversity"}
+        assert score["evaluator"]["sampling"]["sigma_max"] > 0
+        letters = json.loads((results / media / "text" / f"{model}.json").read_text())
+        assert letters["metrics"]["text.cer"]["value"] >= 0
+    tables = {path.stem for path in (results / "tables").glob("*.md")}
+    assert tables == ({"table2", "table_text"} if media == "clips" else {"table1", "table3", "table_text"})
+    assert (results / "report.html").stat().st_size > 10_000
     again = snakemake("-n", "--config", f"scale={scale}")
     assert "Nothing to be done" in again.stdout + again.stderr

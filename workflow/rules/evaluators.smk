@@ -83,9 +83,26 @@ if by(*OFFICIAL):
 # The evaluator's own Python is named in full, for that of this project comes first in PATH.
 if by("geneval-mmdet"):
 
+    rule known_photographs:
+        output:
+            directory("<data>/known"),
+        log:
+            "<logs>/known.log",
+        benchmark:
+            "<logs>/benchmarks/known.tsv"
+        threads: 1
+        resources:
+            mem_mb=2000,
+            runtime=10,
+        message:
+            "Write the photographs by which a detector is trusted"
+        shell:
+            "python -m rcm.evaluation.known --out {output} > {log} 2>&1"
+
     rule geneval_official:
         input:
-            rules.arrange_official.output,
+            samples=rules.arrange_official.output,
+            known=rules.known_photographs.output,
         output:
             "<results>/{media}/official/{model}.jsonl",
         log:
@@ -101,12 +118,13 @@ if by("geneval-mmdet"):
             gpu=1,
         params:
             cfg=numbers("official"),
+            least=FIRST["evaluation"].get("known_at_least", 0),
         message:
             "Let GenEval's own code look at {wildcards.media} of {wildcards.model}"
         shell:
             "{{ "
             + elsewhere("geneval_official", "mmdet")
-            + '"$CONDA_PREFIX/bin/python" workflow/scripts/geneval_official.py --samples {input} --out {output}; }} > {log} 2>&1'
+            + '"$CONDA_PREFIX/bin/python" workflow/scripts/geneval_official.py --samples {input.samples} --known {input.known} --known-at-least {params.least} --out {output}; }} > {log} 2>&1'
 
 
 if by("vbench", "vbench-long"):

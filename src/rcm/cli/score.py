@@ -10,6 +10,7 @@ import yaml
 
 from rcm.artefact import UserError, atomic_file, read_json, recording, write_json, write_text
 from rcm.cli.config import compose, config_dir, options
+from rcm.cli.names import model_and_steps
 
 if TYPE_CHECKING:
     from rcm.evaluation import Evaluation
@@ -139,14 +140,6 @@ def _prompts_file(config: Mapping[str, Any]) -> str | None:
     """The name of the file that the suite's prompts come from; None where they are drawn."""
     suite = config["suites"][config["suite"]]
     return config["checkpoints"][suite["file"]]["source"].rpartition("/")[2] if "file" in suite else None
-
-
-def model_and_steps(out: Path) -> tuple[str, int]:
-    """Whose scores a file holds: (rcm-0, 4) of `rcm-0-4.json`."""
-    model, _, steps = out.stem.rpartition("-")
-    if not (model and steps.isdecimal() and out.suffix == ".json"):
-        raise UserError(f"--out must be called MODEL-STEPS.json, such as rcm-0-4.json; got {out.name!r}")
-    return model, int(steps)
 
 
 def table(arguments: Namespace) -> None:
