@@ -55,9 +55,8 @@ def small_text(row: Row) -> str:
     """Of the text that was read back."""
     return (
         "Prompts with a word in them, which is read back from the samples. Character error rate (CER): edits from what "
-        "is read to what is wanted, as a share of the latter's length; less is better. Exact: share of samples that are "
-        "read without a mistake. The paper has no such number: "
-        f"its project page shows pictures. {how(row)}"
+        "is read to what is wanted, as a share of the latter's length; less is better. Exact: share of samples that "
+        f"are read without a mistake. The paper has no such number: its project page shows pictures. {how(row)}"
     )
 
 
