@@ -292,7 +292,8 @@ def test_missing_dimensions_are_refused_with_their_reason_or_named(write: Callab
     [
         (lambda r: r.update(colour=r.pop("color")), "unknown dimension 'colour'"),
         (lambda r: r.update(color=[83.0, r["color"][1]]), r"official.json, color: 83.0 is no fraction"),
-        (lambda r: r.update(color=[float("nan"), []]), "color: nan is no fraction"),
+        (lambda r: r.update(color=[float("nan"), r["color"][1]]), "color: nan is no fraction"),
+        (lambda r: r.update(color=[0.5, []]), "color: there is a score but no video"),
         (lambda r: r.update(color=0.5), "another version"),
         (lambda r: r.update(color=[0.5, [{"video_path": video("a red car", 0)}]]), "video_results of each video"),
         (lambda r: r["color"][1][0].update(video_results="good"), "color of a red car-0: 'good' is no fraction"),

@@ -61,7 +61,7 @@ def wanted_videos(info: list[dict[str, Any]], dimensions: list[str], still_sampl
     for entry in info:
         asked = set(dimensions) & set(entry["dimension"])
         if asked:
-            count = still_samples if "temporal_flickering" in asked else JUDGED
+            count = max(JUDGED, still_samples if "temporal_flickering" in asked else 0)
             names |= {f"{entry['prompt_en']}-{number}.mp4": None for number in range(count)}
     return list(names)
 

@@ -4,7 +4,6 @@ Keys: `vbench.DIMENSION`, `vbench.quality`, `vbench.semantic` and `vbench.total`
 `vbench_native.DIMENSION` of `rcm.evaluation.vbench_native`; native numbers never enter the totals.
 """
 
-import hashlib
 import json
 import math
 import re
@@ -16,13 +15,11 @@ from typing import Any
 import numpy as np
 
 from rcm.artefact import UserError, reason
-from rcm.data.prompts import to_jsonl
 from rcm.evaluation import bootstrap, features
 from rcm.evaluation.measured import Measured
 from rcm.evaluation.samples import Expected, missing
-from rcm.evaluation.scores import Evaluation
+from rcm.evaluation.scores import VERSION, Evaluation, metric, sha256_of
 
-VERSION = "1"  # of this module: scores of different versions do not compare
 FORMAT = "1"  # of what workflow/scripts/vbench_official.py writes
 QUALITY = {  # minimum, maximum and weight of the official aggregation
     "subject_consistency": (0.1462, 1.0, 1.0),
@@ -164,6 +161,8 @@ def read_official(path: str | Path, protocol: str) -> Official:
         where = f"{path}, {dimension}"
         if not isinstance(entry, list) or len(entry) not in (2, 3) or not isinstance(entry[-1], list):
             raise UserError(f"{where}: expected [score, [videos]], as VBench 0.1.5 writes it; got another version's")
+        if not entry[-1]:
+            raise UserError(f"{where}: there is a score but no video; run VBench's code again")
         scores[dimension] = _fraction(entry[0], where, 1.0)
         videos[dimension] = _by_video(entry[-1], dimension, path)
     return Official(path, scores, videos, about)
@@ -260,7 +259,8 @@ def evaluation(
         table.add(f"vbench_native.{name}", _means(prompts, ours[name]), None, "same_formula")
     if diversity is not None:
         for key, values in features.columns(diversity).items():
-            table.apart(key, values, resamples, seed)
+            table.columns[key] = values
+            table.metrics[key] = metric(key, values, [], "same_formula", resamples=resamples, seed=seed)
 
     about = {} if theirs is None else theirs.about
     by = {} if native is None else native.header["by"]
@@ -274,7 +274,7 @@ def evaluation(
         "versions": about.get("versions") if theirs is not None else by.get("versions"),
         "gpus": about.get("gpus") if theirs is not None else 1,
         "known": None,
-        "prompts_sha256": None if expected is None else hashlib.sha256(to_jsonl(expected.prompts).encode()).hexdigest(),
+        "prompts_sha256": sha256_of(expected.prompts) if expected else (sampling or {}).get("prompts_sha256"),
         "prompts_file": prompts_file,
         "sampling": sampling,
         "missing": lacking,
@@ -287,9 +287,11 @@ def evaluation(
             evaluator["native"] = by
             evaluator["native_minus_official"] = differences(ours, theirs)
     if diversity is not None:
+        made = diversity.header.get("sampling")
         evaluator["diversity"] = {
             "by": diversity.header["by"],
-            "sampling": diversity.header.get("sampling"),
+            "sampling": made,
+            "prompts_sha256": (made or {}).get("prompts_sha256"),
             "samples": sum(row["samples"] for row in diversity.rows),
         }
     results = _results(prompts, ours, theirs)
@@ -370,15 +372,6 @@ class _Table:
             self.columns[f"vbench.{name}"] = [
                 float(value) if has else None for value, has in zip(pseudo, there, strict=True)
             ]
-
-    def apart(self, key: str, column: list[float | None], resamples: int, seed: int) -> None:
-        """A metric of other prompts than the suite's, which all count alike."""
-        found = bootstrap.interval(column, resamples=resamples, seed=seed)
-        numbers: dict[str, float | None] = {"value": None, "low": None, "high": None, "n_prompts": 0}
-        if found is not None:
-            numbers = {"value": found.value, "low": found.low, "high": found.high, "n_prompts": found.count}
-        self.metrics[key] = {**numbers, "kind": "same_formula"}
-        self.columns[key] = column
 
     def _set(self, key: str, value: float, drawn: np.ndarray, count: int, kind: str) -> None:
         low, high = np.nanpercentile(drawn, bootstrap.TAILS)
