@@ -103,6 +103,54 @@ def test_the_scales_of_the_paper(snakemake: Run, scale: str) -> None:
     assert found.get("convert_synthesizer", 0) == ("synthesizer" in downloads)
     assert (found["distill"], found["export"], found["synthesize"]) == (students, students, 4000)
     assert found["sample_student"] == students * 3 * found["sample_teacher"]  # one, two and four steps
+    assert found["embed"] == 100 + 3  # of training, of the two suites that are sampled, and of the previews
+    scored, clips = 1 + 3 * students, scale.startswith("wan")
+    assert found["evaluate"] == scored
+    assert found["measure"] == found["sample_student"] + found["sample_teacher"]
+    if clips:
+        assert (found["arrange_official"], found["vbench_official"], found["throughput"]) == (scored,) * 3
+    assert {"table2" if clips else "table1", "figure_steps"} <= set(found) and "table_text" not in found
+
+
+TARGETS: dict[str, tuple[str, dict[str, int]]] = {  # scale, number of jobs of some rules
+    "table1": ("cosmos-predict2-2b", {"measure": 7 * (8 + 2), "evaluate": 7, "distill": 2}),
+    "table2": ("wan2.1-1.3b", {"vbench_official": 7, "evaluate": 7, "throughput": 7, "distill": 2}),
+    "table_text": ("cosmos-predict2-2b", {"measure": 7, "evaluate_text": 7, "sample_student": 6}),
+    # five weights of DMD at four steps, then four ways of rollouts at three numbers of steps; and the teacher
+    "figure_lambda": ("cosmos-predict2-2b", {"distill": 5, "export": 5, "evaluate": 5 + 1}),
+    "figure_rollout": ("cosmos-predict2-2b", {"distill": 4, "evaluate": 4 * 3 + 1}),
+}
+FEW = "scatter={synthesize: 2, embed: 2}"
+
+
+@pytest.mark.parametrize("target", [pytest.param(t, marks=[] if t == "table1" else pytest.mark.slow) for t in TARGETS])
+def test_each_table_is_one_target(snakemake: Run, target: str) -> None:
+    scale, wanted = TARGETS[target]
+    found = jobs(snakemake("-n", target, "--config", f"scale={scale}", FEW))
+    assert {rule: found.get(rule) for rule in wanted} == wanted
+    assert found[target] == 1 and "report" not in found
+
+
+@pytest.mark.slow
+def test_the_official_evaluator_of_images(snakemake: Run) -> None:
+    run = snakemake(
+        *("-n", "-p", "table1", "--config", "scale=cosmos-predict2-2b", FEW),
+        "overrides=[evaluation.scorer=geneval-mmdet]",
+    )
+    found = jobs(run)
+    assert (found["arrange_official"], found["geneval_official"], found["known_photographs"]) == (7, 7, 1)
+    assert found["measure"] == 7 * 2  # diversity alone
+    assert "download_detector" not in found
+    said = run.stdout + run.stderr
+    assert '"$CONDA_PREFIX/bin/python" workflow/scripts/geneval_official.py' in said
+    assert "call snakemake with --sdm conda" in said
+
+
+def test_ablations_of_the_tiny_world(snakemake: Run) -> None:
+    found = jobs(snakemake("-n", "figure_lambda", "figure_rollout", "table3"))
+    # rCM and sCM, four other weights, fixed rollouts, DMD with fixed and with random ones
+    assert (found["distill"], found["table3"]) == (1 + 1 + 3 + 1 + 2, 1)
+    assert found["evaluate"] == 1 + 5 + 4 * 3 - 1  # rCM at four steps is in both
 
 
 def test_a_scale_for_less(snakemake: Run) -> None:
@@ -134,12 +182,12 @@ def test_lint(snakemake: Run) -> None:
         ),
         (
             ("scale=cosmos-predict2-2b", "controls=[oracle, shuffled]"),
-            r"'controls' is \[\"oracle\", \"shuffled\"\]; .*scale cosmos-predict2-2b: \[\], for its prompts have no ground",
+            r"'controls' is \[\"oracle\", \"shuffled\"\]; .*cosmos-predict2-2b: \[\], for its prompts have no ground",
         ),
         (("tables=[table1, table_text]",), r"'tables' contains \"table_text\"; .*the tiny world has no letters"),
         (
             ("scale=wan2.1-1.3b", "overrides=[evaluation.scorer=geneval-mmdet]"),
-            r"'evaluation.scorer' is \"geneval-mmdet\"; allowed: vbench or vbench-long or vbench-native, for these clips",
+            r"'evaluation.scorer' is \"geneval-mmdet\"; allowed: vbench or vbench-long or vbench-native, for",
         ),
         (("scale=wan2.1-14b", "overrides=[frames=80]"), r"'frames' is 80; allowed: .*1 \+ a multiple of codec.stride"),
         (("overrides=[distillation.student_updates=50]",), r"'distillation.scm_only' is 200; .*student_updates \(50\)"),
