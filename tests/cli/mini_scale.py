@@ -51,11 +51,14 @@ PIPELINE = {
     "steps": [1],
     "nproc": 1,
     "controls": [],
-    "figures": ["figure_training", "figure_steps", "figure_precision"],
+    "figures": ["figure_training", "figure_precision"],
     "scatter": {"synthesize": 2, "embed": 2, "report": 2, "diversity": 1, "text": 1},
 }
 OF_MEDIA: dict[str, dict[str, list[str]]] = {
-    "images": {"tables": ["table1", "table3", "table_text"], "figures": ["figure_samples", "figure_quality_diversity"]},
+    "images": {
+        "tables": ["table1", "table3", "table_text"],
+        "figures": ["figure_samples", "figure_quality_diversity", "figure_steps"],
+    },
     "clips": {"tables": ["table2", "table_text"], "figures": ["figure_clips"]},
 }
 EVALUATORS = {

@@ -189,6 +189,10 @@ def test_lint(snakemake: Run) -> None:
             ("scale=wan2.1-1.3b", "overrides=[evaluation.scorer=geneval-mmdet]"),
             r"'evaluation.scorer' is \"geneval-mmdet\"; allowed: vbench or vbench-long or vbench-native, for",
         ),
+        (
+            ("scale=wan2.1-1.3b", "overrides=[evaluation.scorer=vbench-native]"),
+            r"'figures' contains \"figure_steps\"; allowed with evaluation.scorer vbench-native, which has no total",
+        ),
         (("scale=wan2.1-14b", "overrides=[frames=80]"), r"'frames' is 80; allowed: .*1 \+ a multiple of codec.stride"),
         (("overrides=[distillation.student_updates=50]",), r"'distillation.scm_only' is 200; .*student_updates \(50\)"),
         (('overrides=["sampler.mid_times=[1.3]"]', "steps=[1]"), r"'objective.rollout_times' is \[1.3\]"),

@@ -114,6 +114,16 @@ def check_controls(scorer):
         )
 
 
+def check_figures(scorer):
+    """Refuse figures of an overall score where the scorer has none."""
+    overall = [name for name in config["figures"] if name in ("figure_steps", "figure_quality_diversity")]
+    if scorer == "vbench-native" and overall:
+        raise UserError(
+            f"configuration key 'figures' contains {json.dumps(overall[0])}; allowed with evaluation.scorer vbench-native, "
+            "which has no total: those without figure_steps and figure_quality_diversity"
+        )
+
+
 def check_trees():
     """Compose the tree of every medium and method, so that a mistake there shows at once, and compare it with steps."""
     shared = {}
@@ -128,6 +138,7 @@ def check_trees():
                 "sampler.mid_times has entries, and 8"
             )
         check_controls(composed["evaluation"]["scorer"])
+        check_figures(composed["evaluation"]["scorer"])
         for name in composed["checkpoints"].keys() - {*OF_A_MEDIUM}:
             if shared.setdefault(name, composed["checkpoints"][name]) != composed["checkpoints"][name]:
                 raise UserError(
