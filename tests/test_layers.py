@@ -85,9 +85,15 @@ def test_stages_in_documents_exist() -> None:
 
 
 def test_workflow_calls_stages_that_exist_with_their_options() -> None:
-    rules = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "workflow/rules").glob("*.smk")))
-    shells = ["".join(re.findall(r'"(.*)"', block)) for block in re.findall(r"shell:\n((?: +\".*\"\n)+)", rules)]
-    calls = [re.match(r"(?:python -m rcm|\{params\.launcher\}) ([a-z]+) (.*)", command).groups() for command in shells]
+    text = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "workflow/rules").glob("*.smk")))
+    calls = []
+    for rule in re.split(r"\n *(?:rule [a-z_0-9]+|rule):\n", text):
+        lines = re.match(r"(?:\n +\".*\")+", rule.partition("shell:")[2])
+        shell = "".join(re.findall(r'"(.*)"', lines[0])) if lines else ""
+        if call := re.match(r"(?:python -m rcm|\{params\.launcher\}) ([a-z]+) (.*)", shell):
+            named = re.findall(r"^ +([a-z]+)=", rule.partition("input:")[2].partition("output:")[0], re.MULTILINE)
+            calls.append((call[1], call[2].replace("{params.given}", " ".join(f"--{name}" for name in named))))
+    assert len(calls) == len(re.findall(r"python -m rcm |launcher\} distill", text))
     by_hand = {"generate", "doctor", "plan", "adopt", "verify", "merge", "contact-sheet"}
     assert {stage for stage, _ in calls} == set(STAGES) - by_hand
     for stage, words in calls:

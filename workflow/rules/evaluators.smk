@@ -118,7 +118,7 @@ if by("geneval-mmdet"):
             gpu=1,
         params:
             cfg=numbers("official"),
-            least=FIRST["evaluation"].get("known_at_least", 0),
+            least=FIRST["evaluation"]["known_at_least"],
         message:
             "Let GenEval's own code look at {wildcards.media} of {wildcards.model}"
         shell:

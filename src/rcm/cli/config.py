@@ -218,6 +218,7 @@ def _check_combinations(tree: Mapping[str, Any]) -> None:
 
 
 def _check_prompts(tree: Mapping[str, Any], require: Callable[[bool, str, str], None]) -> None:
+    require(tree["suite"] in tree["suites"], "suite", f"{', '.join(tree['suites'])}: those of this experiment")
     for section, name in ((tree["suites"]["train"], "suites.train"), (tree["pretrain"], "pretrain")):
         if section is not None and "weights" in section:
             require(any(section["weights"].values()), f"{name}.weights", "at least one above 0")
@@ -329,7 +330,7 @@ def _check_evaluation(tree: Mapping[str, Any], require: Callable[[bool, str, str
             if key not in evaluation:
                 raise UserError(f"configuration key 'evaluation.{key}' is missing; the scorer shapes needs it")
         return
-    if scorer == "geneval-mask2former" and "known_at_least" not in evaluation:
+    if scorer.startswith("geneval") and "known_at_least" not in evaluation:
         raise UserError(f"configuration key 'evaluation.known_at_least' is missing; the scorer {scorer} needs it")
     suites = [
         suite for suite in ("report", "diversity", "text") if not (suite == "report" and scorer == "geneval-mmdet")

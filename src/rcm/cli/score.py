@@ -106,7 +106,12 @@ def _evaluated(
     from rcm.evaluation import geneval_scores
 
     if measured is None:
-        return geneval_scores.from_results(given["official"], sampling=sampling, **numbers)
+        made = geneval_scores.from_results(given["official"], sampling=sampling, **numbers)
+        if found := made.scores["evaluator"]["known"]:
+            from rcm.evaluation import known
+
+            known.trusted(found, config["evaluation"]["known_at_least"])
+        return made
     return geneval_scores.from_measured(measured, **numbers)
 
 

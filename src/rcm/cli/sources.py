@@ -21,7 +21,7 @@ SILENT = {
     *("flash_jvp.tuning", "flash_jvp.sweep"),  # which tiles are fastest
     # evaluators of real models, of which nothing is made again for code: the tiny world is scored without them
     *("rcm.cli.measure", "rcm.cli.evaluators", "rcm.evaluation.geneval_scores", "rcm.evaluation.vbench"),
-    *("rcm.evaluation.features", "rcm.evaluation.small_text"),
+    *("rcm.evaluation.features", "rcm.evaluation.small_text", "rcm.data.text_prompts", "rcm.data.vbench_prompts"),
 }
 
 

@@ -52,11 +52,17 @@ def opened(kind: str, folder: Path | str, device: torch.device | str = "cpu", **
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' reports on weights that a model leaves out; what is lacking is an error here."""
+    """Without transformers' bars, and its reports on weights that a model leaves out; what lacks is an error here."""
+    from transformers.utils import logging as transformers_logging
+
     logger = logging.getLogger("transformers")
     level = logger.level
+    bars = transformers_logging.is_progress_bar_enabled()
     logger.setLevel(logging.ERROR)
+    transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         logger.setLevel(level)
+        if bars:
+            transformers_logging.enable_progress_bar()

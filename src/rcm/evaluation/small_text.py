@@ -27,10 +27,9 @@ from rcm.data.prompts import to_jsonl
 from rcm.evaluation.bootstrap import interval
 from rcm.evaluation.measured import Measured
 from rcm.evaluation.samples import Expected, PromptSamples, missing, read_frames
-from rcm.evaluation.scores import Evaluation
+from rcm.evaluation.scores import VERSION, Evaluation
 
 NAME = "Small text (RapidOCR)"
-VERSION = "1"  # of reading and comparing: scores of different versions do not compare
 KEYS = ("text.cer", "text.exact")
 
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1, pixels
