@@ -26,6 +26,7 @@ from rcm.artefact import (
     sha256_file,
     sha256_folder,
     sha256_json,
+    stated_sha256,
     write_json,
     write_text,
 )
@@ -181,6 +182,17 @@ def test_manifest_names_the_content(tmp_path: Path) -> None:
     assert content_sha256(tmp_path) == "abc"
     write_json(tmp_path / "manifest.json", {"other": 1})
     assert content_sha256(tmp_path) == sha256_folder(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", [".download.json", ".prov.json"])
+def test_a_hash_that_was_stated_since_is_taken(tmp_path: Path, suffix: str) -> None:
+    weights, record = tmp_path / "x.safetensors", beside(tmp_path / "x.safetensors", suffix)
+    weights.write_text("x")
+    assert stated_sha256(weights) == sha256_file(weights)
+    write_json(record, {"sha256": "abc"})
+    assert stated_sha256(weights) == "abc"
+    os.utime(record, (1, 1))
+    assert stated_sha256(weights) == sha256_file(weights)
 
 
 def test_code_digest_follows_sources_only(tmp_path: Path) -> None:

@@ -55,7 +55,8 @@ def sampled(folder: Path, prompts: dict[int, dict[str, Any]], frames: int, count
         for number in range(count):
             noise = rng.integers(0, 256, (frames, 40, 48, 3)).astype(np.uint8)
             (of_prompt / "samples" / f"{number:04d}.png").write_bytes(encode(noise, ".png"))
-    (folder / "sampling.json").write_text(json.dumps({"sigma_max": 80.0, "steps": 4, "part": folder.name}))
+    about = {"sigma_max": 80.0, "steps": 4, "frames": frames, "part": folder.name}
+    (folder / "sampling.json").write_text(json.dumps(about))
     return folder
 
 
@@ -71,9 +72,9 @@ def test_clips_are_measured_and_scored(weights: Path, run: Run, tmp_path: Path) 
     for part, out in zip(parts, stored, strict=True):
         run("measure", *CLIPS, "--samples", part, "--weights", *given(weights, *names), "--out", out)
     found = read_measured(stored, "vbench")
-    assert found.header["by"]["name"] == "VBench (native part)" and found.header["by"]["device"] == "cpu"
+    assert found.header["by"]["name"] == "VBench (native part)" and found.header["by"]["device"] == "CPU"
     assert found.header["by"]["models"]["dino"] == content_sha256(weights / "dino")
-    assert found.header["sampling"] == {"sigma_max": 80.0, "steps": 4}
+    assert found.header["sampling"] == {"sigma_max": 80.0, "steps": 4, "frames": 3}
     assert [set(row["values"]) for row in found.rows] == [set(asked["dimension"]) for asked in ASKED]
     record = json.loads(Path(f"{stored[0]}.prov.json").read_text())
     assert record["inputs"][0]["sha256"] == content_sha256(weights / "dino")
@@ -104,6 +105,24 @@ def test_what_a_measurement_takes(weights: Path, fail: Run, tmp_path: Path) -> N
     lost = [f"{name}={tmp_path / 'lost'}" for name in ("clip_large", "dinov2", "vgg")]
     assert "lost does not exist" in fail("measure", *CLIPS, "suite=diversity", *common, "--weights", *lost)
     assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("suite", "names"),
+    [
+        ("report", ("dino", "clip_base", "clip_large", "aesthetic")),
+        ("diversity", ("clip_large", "dinov2", "vgg")),
+        ("text", ()),
+    ],
+)
+def test_clips_of_another_length_are_refused(
+    suite: str, names: tuple[str, ...], weights: Path, fail: Run, tmp_path: Path
+) -> None:
+    part = sampled(tmp_path / "1-of-1", {0: {**ASKED[0], "text": "RED"}}, frames=3)
+    (part / "sampling.json").write_text('{"frames": 81}')
+    looking = ("--weights", *given(weights, *names)) if names else ()
+    words = ("measure", *CLIPS, f"suite={suite}", "--samples", part, *looking, "--out", tmp_path / "out.jsonl")
+    assert "00000/samples/0000.png has 3 frames, expected 81" in fail(*words)
 
 
 @pytest.mark.slow  # the detector enlarges all images, VGG takes 512 x 512 pixels

@@ -262,6 +262,14 @@ def test_one_frame_cannot_be_compared(weights: dict[str, Path], tmp_path: Path) 
     assert list(row["values"]) == ["aesthetic_quality"]
 
 
+def test_clips_have_as_many_frames_as_were_sampled(tmp_path: Path) -> None:
+    path = clip_file(tmp_path / "00000" / "samples" / "0000.png", moving(3))
+    item = PromptSamples(0, {**METADATA, "dimension": ["temporal_flickering"]}, (path,))
+    assert len(list(vbench_native.measure([item], {}, frames=3))) == 1
+    with pytest.raises(UserError, match=r"0000.png has 3 frames, expected 81"):
+        list(vbench_native.measure([item], {}, frames=81))
+
+
 @pytest.mark.parametrize(
     ("metadata", "words"),
     [

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import rcm
 import rcm.text
 import rcm.vision
-from rcm.artefact import atomic_file, beside, content_sha256, read_json
+from rcm.artefact import atomic_file, stated_sha256
 from rcm.cli.images import fitted, whole
 from rcm.cli.models import (
     Job,
@@ -253,7 +253,7 @@ def described(order: Order) -> dict[str, Any]:
     return {
         "made_by": f"rcm {rcm.__version__}, torch {torch.__version__}",
         "files": {
-            name: {"name": path.name, "sha256": identity(path)}
+            name: {"name": path.name, "sha256": stated_sha256(path)}
             for name, path in order.files.items()
             if name in ("checkpoint", "second", "image")
         },
@@ -264,14 +264,6 @@ def described(order: Order) -> dict[str, Any]:
         "seed": order.seed,
         **order.placed,
     }
-
-
-def identity(path: Path) -> str:
-    """The SHA-256 of a file or folder; that of its record, where one was written since: big files take a minute."""
-    for record in (beside(path, ".download.json"), beside(path, ".prov.json")):
-        if record.exists() and record.stat().st_mtime >= path.stat().st_mtime:
-            return read_json(record)["sha256"]
-    return content_sha256(path)
 
 
 def zoom(order: Order) -> int:

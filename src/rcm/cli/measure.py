@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 
-from rcm.artefact import content_sha256, recording
+from rcm.artefact import content_sha256, recording, stated_sha256
 from rcm.cli.config import compose
 from rcm.cli.evaluators import NAMES, subject, taken
-from rcm.cli.generate import identity
-from rcm.cli.models import device_of
+from rcm.cli.models import device_name, device_of
 from rcm.cli.progress import Progress
 from rcm.evaluation.measured import VERSION, Measured, write_measured
 from rcm.evaluation.samples import PromptSamples, list_samples, read_sampling
@@ -29,7 +28,7 @@ def measure(arguments: Namespace) -> None:
     config = compose(arguments.overrides)
     what = subject(config["evaluation"]["scorer"], config["suite"])
     weights = taken(what, arguments.weights or {})
-    inputs = {path: identity(path) for path in weights.values()}
+    inputs = {path: stated_sha256(path) for path in weights.values()}
     inputs |= {folder: content_sha256(folder) for folder in arguments.samples}
     numbers = {"measured": what, "device": config["inference"]["device"]}
     with recording(arguments.out, stage="measure", inputs=inputs, config=numbers) as facts:
@@ -42,13 +41,25 @@ def measured(what: str, folders: Sequence[Path], weights: Mapping[str, Path], co
     """Open what is needed and look at all samples of the folders."""
     items = list_samples(folders)
     device = device_of("cpu" if what == "text" else config["inference"]["device"])
-    header = {"measured": what, "version": VERSION, "by": _by(what, weights, device), "known": None}
-    header |= {"sampling": read_sampling(folders)}
+    sampling = read_sampling(folders)
+    frames = (sampling or {}).get("frames")
+    by = _by(what, weights, device)
+    header = {"measured": what, "version": VERSION, "by": by, "known": None, "sampling": sampling}
     with Progress("measure", sum(len(item.paths) for item in items), "samples") as progress:
         if what == "geneval":
             rows, header["known"] = _geneval(items, weights, device, config["evaluation"]["known_at_least"], progress)
+        elif what == "vbench":
+            from rcm.evaluation import vbench_native
+
+            rows = vbench_native.measure(items, weights, device, progress.advance, frames=frames)
+        elif what == "diversity":
+            from rcm.evaluation import features
+
+            rows = features.measure(items, weights, device, progress.advance, frames=frames)
         else:
-            rows = _LOOKING[what](items, weights, device, progress)
+            from rcm.evaluation import small_text
+
+            rows = small_text.measure(items, progress.advance, frames=frames)
         return Measured(header, list(rows))
 
 
@@ -60,8 +71,8 @@ def _by(what: str, weights: Mapping[str, Path], device: torch.device) -> dict[st
         return small_text.by()
     return {
         "name": NAMES[what],
-        "models": {name: identity(path) for name, path in weights.items()},
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "models": {name: stated_sha256(path) for name, path in weights.items()},
+        "device": device_name(device),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
     }
 
@@ -77,28 +88,3 @@ def _geneval(
     found = known.check(detector, clip)
     known.trusted(found, least)
     return mask2former.measure(items, detector, clip, progress.advance), found
-
-
-def _vbench(
-    items: Sequence[PromptSamples], weights: Mapping[str, Path], device: torch.device, progress: Progress
-) -> Rows:
-    from rcm.evaluation import vbench_native
-
-    return vbench_native.measure(items, weights, device, progress.advance)
-
-
-def _diversity(
-    items: Sequence[PromptSamples], weights: Mapping[str, Path], device: torch.device, progress: Progress
-) -> Rows:
-    from rcm.evaluation import features
-
-    return features.measure(items, weights, device, progress.advance)
-
-
-def _text(items: Sequence[PromptSamples], _: Mapping[str, Path], __: torch.device, progress: Progress) -> Rows:
-    from rcm.evaluation import small_text
-
-    return small_text.measure(items, progress.advance)
-
-
-_LOOKING = {"vbench": _vbench, "diversity": _diversity, "text": _text}

@@ -67,7 +67,7 @@ def device_of(name: str) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """What a device is called where times are stated."""
+    """What files and tables call a device: the card's name, or CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 

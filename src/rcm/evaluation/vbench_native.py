@@ -204,6 +204,8 @@ def measure(
     models: Mapping[str, Path | str] | Models,
     device: torch.device | str = "cpu",
     advance: Callable[..., Any] = lambda: None,
+    *,
+    frames: int | None = None,
 ) -> Iterator[dict[str, Any]]:
     """A row for every sample: the dimensions of `DIMENSIONS` that its prompt is about. Other clips are not opened.
 
@@ -211,6 +213,7 @@ def measure(
         items: samples whose metadata have VBench's "name", "dimension" and "auxiliary_info".
         models: paths of "dino", "clip_base", "clip_large" and "aesthetic".
         advance: called after every sample.
+        frames: how many each clip must have.
     """
     opened = models if isinstance(models, Models) else Models(models, device)
     for item in items:
@@ -224,10 +227,10 @@ def measure(
         for path in item.paths:
             values: dict[str, float] = {}
             if wanted:
-                frames = read_frames(path)
-                if len(frames) < 2 and set(wanted) & set(_PAIRS):
+                clip = read_frames(path, frames)
+                if len(clip) < 2 and set(wanted) & set(_PAIRS):
                     raise UserError(f"{path} has one frame, but {wanted[0]} compares frames; expected a clip")
-                values = {dimension: opened.value(dimension, frames, item.metadata) for dimension in wanted}
+                values = {dimension: opened.value(dimension, clip, item.metadata) for dimension in wanted}
             yield {
                 "prompt": item.index,
                 "filename": item.name(path),
