@@ -283,6 +283,7 @@ def test_a_job_runs_again_when_its_numbers_or_its_code_change(snakemake: Run, co
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("scale", "media"), [("mini-wan", "clips"), ("mini-cosmos", "images")])
 def test_a_scale_of_real_models_in_miniature(
     snakemake: Run, copy: Path, tmp_path: Path, scale: str, media: str
