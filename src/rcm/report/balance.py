@@ -7,32 +7,11 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from rcm.artefact import UserError
-from rcm.report.compared import Groups, by_medium, grouped, lambda_times, overall, pooled, quality_name
-from rcm.report.look import (
-    COLORS,
-    FAINT,
-    INK,
-    MARKERS,
-    NOT_OURS,
-    band,
-    bars,
-    grid,
-    mark,
-    png,
-    row_title,
-    style,
-    teacher_legend,
-)
-from rcm.report.scores import Score, in_order, keys_of, label
+from rcm.report.compared import Groups, by_medium, grouped, lambda_times, pooled
+from rcm.report.look import FAINT, INK, band, bars, color_of, drawn, legend, mark, png, style, teacher_legend
+from rcm.report.scores import Estimate, Score, in_order
 from rcm.report.stored import noted, printed, sorted_out, whose
 
-UNITS = {  # measures of diversity that share a panel, by its heading
-    "Vendi score": ("diversity.vendi",),
-    "Entropy of hidden factors, bits": tuple(f"diversity.{x}_entropy" for x in ("cell", "color", "fill", "background")),
-    "Mean distance of pairs": ("diversity.clip_distance", "diversity.dino_distance"),
-    "VBench-2.0 diversity": ("diversity.vbench2",),
-}
-HUES = (("#009e73", "o"), ("#0072b2", "s"), ("#d55e00", "^"), ("#cc79a7", "v"))  # of the measures in one panel
 AWAY = 1.2  # decades that sCM alone, of no λ, stands in front of the smallest one
 
 
@@ -47,41 +26,30 @@ def figure_lambda(paths: Sequence[Path], published: Path | None = None) -> bytes
     scores, metrics = sorted_out(paths)
     swept = [s for run, s in in_order(scores) if lambda_times(run.method) is not None or run.method == "teacher"]
     media = by_medium(swept)
-    balances = _balances(metrics, media)
-    panels = {medium: _panels(medium, own) for medium, own in media.items()}
-    if not panels:
+    if not media:
         raise UserError("figure_lambda needs scores of rcm, rcm-lambda-... and scm, such as rcm-lambda-10-0-4.json")
-    columns = max(map(len, panels.values())) + (published is not None)
+    steps = {medium: _steps(medium, own) for medium, own in media.items()}
+    balances = _balances(metrics, media)
     with style():
-        figure, axes = grid(len(panels), columns, min(3.3, 10.6 / columns), 2.75)
-        for row, (medium, parts) in zip(axes, panels.items(), strict=True):
-            for ax in row[len(parts) :]:
-                ax.set_axis_off()
-            groups = grouped(media[medium])
-            for ax, (name, keys) in zip(row, parts, strict=False):
-                _sweep(ax, keys, groups, balances[medium])
-                ax.set_ylabel(name)
-            steps = next(steps for method, steps in groups if method != "teacher")
-            what = [medium.capitalize()] if len(panels) > 1 else []
-            row[0].set_title(row_title([*what, f"{steps} step{'s' * (steps != 1)}"], media[medium]))
-        if published is not None:
-            _figure7(axes[0, -1], published)
-        if handles := teacher_legend(swept):
-            figure.legend(handles=handles, loc="outside upper center", ncols=len(handles))
+        figure = drawn(
+            media,
+            lambda ax, medium, key: _sweep(ax, key, grouped(media[medium]), balances[medium]),
+            lambda medium: [f"{steps[medium]} step{'s' * (steps[medium] != 1)}"],
+            None if published is None else (next(iter(media)), lambda ax: _figure7(ax, published)),
+        )
+        methods = ["scm", "rcm"] if any("scm" in own for own in balances.values()) else ["rcm"]
+        handles = [*legend(methods), *teacher_legend(swept)]
+        figure.legend(handles=handles, loc="outside upper center", ncols=len(handles))
         return png(figure)
 
 
-def _panels(medium: str, own: Sequence[Score]) -> list[tuple[str, list[str]]]:
-    """Headings of the axes of a medium and the measures on each: quality first."""
+def _steps(medium: str, own: Sequence[Score]) -> int:
+    """The number of steps of all students of a medium."""
     steps = sorted({run.steps for run, _ in in_order(own) if run.method != "teacher"})
     if len(steps) != 1:
         found = ", ".join(map(str, steps)) or "none"
         raise UserError(f"figure_lambda compares students at one number of steps; of {medium} there are {found}")
-    key, known = overall(medium, own), keys_of(own, "diversity")
-    diversity = [(name, [measure for measure in measures if measure in known]) for name, measures in UNITS.items()]
-    named = {measure for measures in UNITS.values() for measure in measures}
-    diversity += [(label(measure), [measure]) for measure in known if measure not in named]
-    return [(quality_name(key, own[0]), [key]), *((name, measures) for name, measures in diversity if measures)]
+    return steps[0]
 
 
 def _balances(metrics: Sequence[Path], media: Mapping[str, Sequence[Score]]) -> dict[str, dict[str, float]]:
@@ -106,33 +74,20 @@ def _balances(metrics: Sequence[Path], media: Mapping[str, Sequence[Score]]) -> 
     return found
 
 
-def _sweep(ax: Axes, keys: Sequence[str], groups: Groups, balances: Mapping[str, float]) -> None:
-    """Measures against λ√D: decades at equal distances, and no λ at all in front of them, cut off by a gap."""
+def _sweep(ax: Axes, key: str, groups: Groups, balances: Mapping[str, float]) -> None:
+    """A measure against λ√D: decades at equal distances, and no λ at all in front of them, cut off by a gap."""
     usual = balances["rcm"]
     least = min(np.log10(b / usual) for b in balances.values() if b)
     at = {method: float(np.log10(b / usual)) if b else float(least) - AWAY for method, b in balances.items()}
-    alone = len(keys) == 1
-    for index, key in enumerate(keys):
-        color, shape = (COLORS["rcm"], MARKERS["rcm"]) if alone else HUES[index]
-        shift = 0 if alone else 0.09 * (index - (len(keys) - 1) / 2)
-        found = {method: estimate for (method, _), group in groups.items() if (estimate := pooled(key, group))}
-        order = sorted(found.keys() & at.keys(), key=lambda method: at[method])
-        line = [(at[method] + shift, found[method].value) for method in order if balances[method]]
-        ax.plot(*zip(*line, strict=True) if line else ([], []), color=color, linewidth=0.9)
-        for method in order:
-            look = mark("rcm") | {"color": color, "ecolor": color, "fmt": shape, "elinewidth": 0.7}
-            if not balances[method]:
-                look |= mark("scm") | {"elinewidth": 0.7, "ecolor": COLORS["scm"]} if alone else {}
-                look["markerfacecolor"] = "white"
-            ax.errorbar(at[method] + shift, found[method].value, yerr=bars(found[method]), **look)
-        if "teacher" in found and alone:
-            band(ax, found["teacher"])
-        elif "teacher" in found:
-            ax.axhline(found["teacher"].value, color=color, linewidth=0.7, alpha=0.5, zorder=1)
-        if not alone:
-            ax.plot([], [], color=color, marker=shape, markersize=4.5, linewidth=0.9, label=label(key))
-    if not alone:
-        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, fontsize=6.5, columnspacing=1.0)
+    line: dict[float, Estimate] = {}
+    for (method, _), group in groups.items():
+        found = pooled(key, group)
+        if found is not None and method == "teacher":
+            band(ax, found)
+        elif found is not None:
+            ax.errorbar(at[method], found.value, yerr=bars(found), **mark("rcm" if balances[method] else method))
+            line |= {at[method]: found} if balances[method] else {}
+    ax.plot(sorted(line), [line[x].value for x in sorted(line)], color=color_of("rcm"), linewidth=0.9, zorder=2)
     _axis(ax, {at[method]: balance for method, balance in balances.items()}, usual)
 
 
@@ -157,13 +112,11 @@ def _figure7(ax: Axes, path: Path) -> None:
     """The paper's figure 7."""
     rows = printed(path, "lambda", "vbench_total")
     lines = sorted((float(row["lambda"]), float(row["vbench_total"])) for row in rows)
-    ax.set_axis_on()
     ax.plot(*zip(*lines, strict=True), color=INK, marker="o", markersize=5, linewidth=0.9)
     ax.set_xscale("log")
     ax.set_xticks([x for x, _ in lines], [f"{x:g}" for x, _ in lines])
     ax.minorticks_off()
     ax.margins(0.12, 0.15)
     ax.grid(visible=False, axis="x")
-    ax.set_title(NOT_OURS)
     ax.set_xlabel("λ")
     ax.set_ylabel("VBench total, %")

@@ -1,7 +1,7 @@
 """One look for all figures: colours, markers and type, and the figure as PNG bytes at twice the density of a page."""
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -11,8 +11,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from rcm.report.compared import sigma_max
-from rcm.report.scores import Estimate, Run, Score
+from rcm.report.compared import is_variant, measures, overall, quality, quality_name, sigma_max
+from rcm.report.scores import Estimate, Run, Score, label
 
 DPI = 200  # pixels an inch; a page shows them at half size
 INK, FAINT = "#24292f", "#8c959f"
@@ -26,7 +26,9 @@ COLORS = {  # Okabe and Ito's palette, told apart by readers with colour-blindne
     "rcm": "#009e73",
 }
 MARKERS = {"teacher": "*", "scm": "s", "dcm": "P", "meanflow": "X", "dmd": "^", "dmd2": "v", "rcm": "o"}
+STROKES = ("--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)))  # of variants of a method, which have its colour
 NOT_OURS = "As printed in the paper"
+COLUMNS = 4  # panels in a line, more than which are broken into lines of three
 _STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 8,
@@ -72,8 +74,17 @@ def png(figure: Figure) -> bytes:
 
 
 def color_of(method: str) -> str:
-    """The colour of a method."""
-    return COLORS.get(method, INK)
+    """The colour of a method, which variants of it share."""
+    return COLORS.get(method.partition("-")[0], INK)
+
+
+def strokes(methods: Iterable[str]) -> dict[str, Any]:
+    """Line styles of methods: solid, but for variants, by which those of one colour are told apart."""
+    made: dict[str, Any] = {}
+    for method in methods:
+        used = sum(is_variant(other) and color_of(other) == color_of(method) for other in made)
+        made.setdefault(method, STROKES[used % len(STROKES)] if is_variant(method) else "-")
+    return made
 
 
 def mark(method: str) -> dict[str, Any]:
@@ -118,10 +129,51 @@ def band(ax: Axes, estimate: Estimate) -> None:
         ax.axhspan(estimate.low, estimate.high, color=INK, alpha=0.08, linewidth=0, zorder=0)
 
 
-def grid(rows: int, columns: int, width: float, height: float) -> tuple[Figure, np.ndarray]:
-    """A figure of panels, which are so wide and high in inches."""
+def grid(rows: int, columns: int, width: float, height: float, **shared: Any) -> tuple[Figure, np.ndarray]:
+    """A figure of panels, which are so wide and high in inches; `shared` is what matplotlib calls sharex and sharey."""
     figure = Figure(figsize=(max(4.0, width * columns), 0.45 + height * rows), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False)
+    return figure, figure.subplots(rows, columns, squeeze=False, **shared)
+
+
+def drawn(
+    media: Mapping[str, Sequence[Score]],
+    draw: Callable[[Axes, str, str], None],
+    said: Callable[[str], Sequence[str]],
+    paper: tuple[str, Callable[[Axes], None]] | None = None,
+) -> Figure:
+    """A figure with a panel a measure: the overall score of a medium, its diversity, then what the paper printed.
+
+    Args:
+        media: scores by medium.
+        draw: draws a measure of a medium.
+        said: what to say of a medium in its title.
+        paper: beside which medium the paper's own panel stands, and what draws it.
+    """
+    keys = {medium: [overall(medium, own), *measures(own)] for medium, own in media.items()}
+    panels = {m: [*own, NOT_OURS] if paper and paper[0] == m else own for m, own in keys.items()}
+    columns = max(map(len, panels.values()))
+    columns = 3 if columns > COLUMNS else columns
+    lines = [(m, own[i : i + columns]) for m, own in panels.items() for i in range(0, len(own), columns)]
+    figure, axes = grid(len(lines), columns, min(3.3, 10.6 / columns), 2.6)
+    for row, (medium, shown) in zip(axes, lines, strict=True):
+        for ax, key in zip(row, shown, strict=False):
+            if paper and key == NOT_OURS:
+                ax.set_title(NOT_OURS)
+                paper[1](ax)
+                continue
+            draw(ax, medium, key)
+            name_axis(ax, key, media[medium])
+            if key == keys[medium][0]:
+                parts = [medium.capitalize()] if len(media) > 1 else []
+                ax.set_title(row_title([*parts, *said(medium)], media[medium]))
+        for ax in row[len(shown) :]:
+            ax.set_axis_off()
+    return figure
+
+
+def name_axis(ax: Axes, key: str, own: Sequence[Score]) -> None:
+    """The measure on the vertical axis; an overall score with its evaluator."""
+    ax.set_ylabel(quality_name(key, own[0]).replace(") ", ")\n") if key == quality(own) else label(key))
 
 
 def row_title(parts: Sequence[str], scores: Iterable[Score]) -> str:

@@ -12,67 +12,70 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from rcm.artefact import UserError
-from rcm.report.compared import by_medium, is_variant, quality, quality_name
-from rcm.report.look import FAINT, bars, color_of, legend, mark, png, row_title, style
-from rcm.report.scores import CONTROLS, Run, Score, in_order, keys_of, label, reported, run_of
+from rcm.report.compared import Groups, by_medium, grouped, is_variant, pooled, quality
+from rcm.report.look import FAINT, bars, color_of, grid, legend, mark, name_axis, png, row_title, strokes, style
+from rcm.report.scores import CONTROLS, Run, Score, in_order, keys_of, label, run_of
 from rcm.report.stored import noted
 
 
 def figure_quality_diversity(scores: Sequence[Score]) -> bytes:
     """The overall score against each measure of diversity, a point a model and number of steps, with 95 % intervals.
 
-    The variants of ablations have figures of their own.
+    Points are means over training seeds and the larger the more steps. The variants of ablations have figures of their
+    own.
     """
     measures = keys_of(scores, "diversity")
     panels = []
-    for medium, own in by_medium(scores).items():
+    for medium, own in by_medium(s for run, s in in_order(scores) if not is_variant(run.method)).items():
         key = quality(own)
-        found = [(run, s) for run, s in in_order(own) if key in s["metrics"] and not is_variant(run.method)]
-        if key and any(measure in score["metrics"] for _, score in found for measure in measures):
+        found = [score for score in own if key in score["metrics"]]
+        if key and any(measure in score["metrics"] for score in found for measure in measures):
             panels.append((medium, key, found))
     if not panels:
         raise UserError(
             "none of the scores has a measure of diversity beside an overall score; evaluate with --diversity"
         )
+    runs = [run for run, _ in in_order(score for _, _, found in panels for score in found)]
+    counts = sorted({run.steps for run in runs if run.method not in ("teacher", *CONTROLS)})
+    sizes = dict(zip(counts, np.linspace(3.2, 6.4, len(counts)), strict=True)) if len(counts) > 1 else {}
     with style():
         width = max(5.4, min(9.9, 2.7 * len(measures)))
-        figure = Figure(figsize=(width, 0.45 + 2.75 * len(panels)), layout="constrained")
-        axes = figure.subplots(len(panels), len(measures), sharey="row", squeeze=False)
+        figure, axes = grid(len(panels), len(measures), width / len(measures), 2.75, sharey="row")
         for row, (medium, key, found) in zip(axes, panels, strict=True):
             for ax, measure in zip(row, measures, strict=True):
-                known = [(run, s) for run, s in found if s["metrics"].get(measure, {}).get("value") is not None]
-                if known:
-                    _scatter(ax, measure, key, known)
-                else:
+                if not _scatter(ax, measure, key, grouped(found), sizes):
                     ax.set_axis_off()
-            row[0].set_ylabel(quality_name(key, found[0][1]))
-            row[0].set_title(row_title([medium.capitalize()] if len(panels) > 1 else [], [score for _, score in found]))
-        runs = [run for _, _, found in panels for run, _ in found]
-        handles = legend(run.method for run in sorted(runs, key=lambda r: r.order) if run.method not in CONTROLS)
+            name_axis(row[0], key, found)
+            row[0].set_title(row_title([medium.capitalize()] if len(panels) > 1 else [], found))
+        handles = legend(run.method for run in runs if run.method not in CONTROLS)
         if any(run.method == "oracle" for run in runs):
             handles.append(Line2D([], [], color=FAINT, linestyle=":", linewidth=1, label="Ground truth"))
-        figure.legend(handles=handles, loc="outside upper center", ncols=min(len(handles), 7))
+        for count, size in sizes.items():
+            name = f"{count} step{'s' * (count != 1)}"
+            handles.append(Line2D([], [], color=FAINT, marker="o", markersize=size, linestyle="", label=name))
+        figure.legend(handles=handles, loc="outside upper center", ncols=min(len(handles), 6 if width < 8 else 10))
         return png(figure)
 
 
-def _scatter(ax: Axes, key: str, overall: str, own: Sequence[tuple[Run, Score]]) -> None:
-    """Points of one panel; steps of one student are joined by a line and numbered."""
+def _scatter(ax: Axes, key: str, overall: str, groups: Groups, sizes: Mapping[int, float]) -> bool:
+    """Points of one panel, steps of one method joined by a line; False where there is nothing to show."""
     ax.set_xlabel(label(key))
-    lines: dict[tuple[str, int | None], list[tuple[float, float]]] = defaultdict(list)
-    for run, score in own:
-        x, y = reported(score, key), reported(score, overall)
-        if run.method == "oracle":
-            ax.axvline(x.value, color=FAINT, linestyle=":", linewidth=1, zorder=1)
-        if run.method in CONTROLS:
+    lines: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for (method, steps), group in groups.items():
+        x, y = pooled(key, group), pooled(overall, group)
+        if x is None or y is None:
             continue
-        color = color_of(run.method)
-        lines[run.method, run.seed].append((x.value, y.value))
-        ax.errorbar(x.value, y.value, xerr=bars(x), yerr=bars(y), **mark(run.method))
-        if run.method != "teacher":
-            ax.annotate(str(run.steps), (x.value, y.value), (5, 4), textcoords="offset points", size=7, color=color)
-    for (method, _), points in lines.items():
+        if method == "oracle":
+            ax.axvline(x.value, color=FAINT, linestyle=":", linewidth=1, zorder=1)
+        if method not in CONTROLS:
+            lines[method].append((x.value, y.value))
+            size = {} if method == "teacher" else {"markersize": sizes.get(steps, 5.5)}
+            ax.errorbar(x.value, y.value, xerr=bars(x), yerr=bars(y), **mark(method) | size)
+    for method, points in lines.items():
         ax.plot(*zip(*points, strict=True), color=color_of(method), linewidth=0.8, alpha=0.6, zorder=2)
+    ax.locator_params(axis="x", nbins=5)
     ax.margins(0.12)
+    return bool(lines)
 
 
 _CURVES = (  # role, key, heading, whether the scale is logarithmic; what no run has is left out
@@ -105,9 +108,11 @@ def figure_training(metrics: Sequence[Path]) -> bytes:
         ]
         if not panels:
             raise UserError("the metrics hold no losses to draw")
-        lines = -(-len(panels) // _COLUMNS)
-        figure = Figure(figsize=(9.6, 0.4 + 2.1 * lines), layout="constrained")
-        axes = figure.subplots(lines, _COLUMNS, squeeze=False).flat
+        rows = -(-len(panels) // _COLUMNS)
+        figure = Figure(figsize=(9.6, 0.4 + 2.1 * rows), layout="constrained")
+        axes = figure.subplots(rows, _COLUMNS, squeeze=False).flat
+        methods = {run.method: run.label for run, _ in runs}
+        lines = strokes(methods)
         for ax, ((role, _, heading, logarithmic), found) in zip(axes, panels, strict=False):
             ax.set_title(heading)
             ax.set_xlabel(f"{role.capitalize()} update")
@@ -117,11 +122,13 @@ def figure_training(metrics: Sequence[Path]) -> bytes:
                 ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
                 ax.yaxis.set_minor_formatter(NullFormatter())
             for method, points in found:
-                _curve(ax, points, color_of(method))
+                _curve(ax, points, color_of(method), lines[method])
         for ax in axes[len(panels) :]:
             ax.set_axis_off()
-        methods = {run.method: run for run, _ in runs}
-        handles = [Line2D([], [], color=color_of(m), linewidth=1.4, label=run.label) for m, run in methods.items()]
+        handles = [
+            Line2D([], [], color=color_of(method), linestyle=lines[method], linewidth=1.4, label=name)
+            for method, name in methods.items()
+        ]
         figure.legend(handles=handles, loc="outside upper center", ncols=max(1, len(handles)))
         return png(figure)
 
@@ -131,13 +138,13 @@ def _points(rows: Iterable[Mapping[str, Any]], role: str, key: str) -> np.ndarra
     return np.array([(r["update"], r[key]) for r in rows if r.get("role") == role and r.get(key) is not None], float)
 
 
-def _curve(ax: Axes, points: np.ndarray, color: str) -> None:
+def _curve(ax: Axes, points: np.ndarray, color: str, stroke: Any) -> None:
     """Every value faintly, and the running median over a thirtieth of them."""
     x, y = points.T
     half = max(1, len(y) // 60)
     windows = np.lib.stride_tricks.sliding_window_view(np.pad(y, half, mode="symmetric"), 2 * half + 1)
-    ax.plot(x, y, color=color, linewidth=0.4, alpha=0.25)
-    ax.plot(x, np.median(windows, axis=1), color=color, linewidth=1.3)
+    ax.plot(x, y, color=color, linewidth=0.4, alpha=0.25, zorder=1)
+    ax.plot(x, np.median(windows, axis=1), color=color, linewidth=1.3, linestyle=stroke)
 
 
 _PRECISIONS = {  # colour and legend of each precision, the most rounded first

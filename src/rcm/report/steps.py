@@ -30,21 +30,21 @@ from rcm.report.look import (
     FAINT,
     INK,
     MARKERS,
-    NOT_OURS,
     band,
     bars,
+    drawn,
     grid,
     legend,
     mark,
+    name_axis,
     png,
     row_title,
     style,
     teacher_legend,
 )
-from rcm.report.scores import CONTROLS, METHODS, Estimate, Run, Score, in_order, label
+from rcm.report.scores import CONTROLS, METHODS, Estimate, Run, Score, in_order
 from rcm.report.stored import noted, printed, sorted_out, whose
 
-COLUMNS = 4  # panels in a line, more than which are broken into lines of three
 OVERALL = {"overall": ("images", "geneval.overall"), "total": ("clips", "vbench.total")}  # columns of tables 1 and 2
 SIZES = {"0.6B": ":", "1.3B": "--", "2B": "--", "14B": "-"}  # lines of the paper's models, by their parameters
 Lines = Mapping[str, Sequence[tuple[float, Estimate]]]
@@ -64,25 +64,13 @@ def figure_steps(paths: Sequence[Path], published: Path | None = None) -> bytes:
     paper = _read(published) if published else None
     if paper and paper[0] not in media:
         raise UserError(f"the published table {published} is about {paper[0]}, of which there are no scores")
-    keys = {medium: [overall(medium, own), *measures(own)] for medium, own in media.items()}
-    panels = {m: [*own, NOT_OURS] if paper and paper[0] == m else own for m, own in keys.items()}
-    columns = max(map(len, panels.values()))
-    columns = 3 if columns > COLUMNS else columns
-    lines = [(m, own[i : i + columns]) for m, own in panels.items() for i in range(0, len(own), columns)]
     with style():
-        figure, axes = grid(len(lines), columns, min(3.3, 10.6 / columns), 2.6)
-        for row, (medium, shown) in zip(axes, lines, strict=True):
-            own = media[medium]
-            for ax, key in zip(row, shown, strict=False):
-                if paper and key == NOT_OURS:
-                    _as_printed(ax, *paper[1:], _paper(own))
-                    continue
-                _levels(ax, key, grouped(own))
-                ax.set_ylabel(quality_name(key, own[0]) if key == keys[medium][0] else label(key))
-                if key == keys[medium][0]:
-                    ax.set_title(row_title([medium.capitalize()] if len(media) > 1 else [], own))
-            for ax in row[len(shown) :]:
-                ax.set_axis_off()
+        figure = drawn(
+            media,
+            lambda ax, medium, key: _levels(ax, key, grouped(media[medium])),
+            lambda _: (),
+            paper and (paper[0], lambda ax: _as_printed(ax, *paper[1:], _paper(media[paper[0]]))),
+        )
         known = sorted({*methods, *({"dmd2", "rcm"} if paper else ())}, key=lambda m: Run(m, None, 0).order)
         handles = [*legend(known), *teacher_legend(scores)]
         figure.legend(handles=handles, loc="outside upper center", ncols=len(handles))
@@ -146,7 +134,6 @@ def _as_printed(ax: Axes, column: str, lines: Sequence[Mapping[str, str]], size:
         ends = [max(points[group]) for group in ("rcm", "teacher") if group in points]
         ax.plot(*zip(*ends, strict=True), color=FAINT, linestyle=":", linewidth=0.7, alpha=alpha, zorder=1)
         ax.annotate(params, ends[-1], (6, 0), textcoords="offset points", size=6.5, va="center", alpha=alpha)
-    ax.set_title(NOT_OURS)
     ax.set_xscale("log", base=2)
     ax.set_xticks(list(evaluations), list(evaluations.values()))
     ax.minorticks_off()
@@ -184,7 +171,7 @@ def figure_rollout(paths: Sequence[Path]) -> bytes:
             first = key == overall(medium, own)
             for ax, name in zip(row, pairs, strict=True):
                 _pair(ax, key, grouped(own), name)
-                ax.set_ylabel(quality_name(key, own[0]) if first else label(key))
+                name_axis(ax, key, own)
                 if first:
                     parts = [medium.capitalize()] if len(media) > 1 else []
                     count = _as_many(updates, medium, ROLLOUTS[name])
