@@ -223,9 +223,24 @@ def test_distances_take_eight_samples_and_vbench2_all(tmp_path: Path) -> None:
     assert found == pytest.approx([unlike * 16 / 28, unlike * 24 / 45, unlike * 12 / 21], rel=1e-5)
     assert rows[3]["values"] == {"clip_distance": None, "dino_distance": None, "vbench2": None}
     json.dumps(rows, allow_nan=False)
-    columns = features.columns(Measured({}, rows[::-1]))
+    columns = features.columns(Measured({}, rows[::-1]), allow_missing=True)
     assert list(columns) == ["diversity.clip_distance", "diversity.dino_distance", "diversity.vbench2"]
-    assert columns["diversity.vbench2"] == [*found, None]
+    assert columns["diversity.vbench2"] == [None, None, None, *found, None]  # prompts keep their places
+
+
+def test_missing_samples_of_diversity_are_refused_or_named() -> None:
+    def measured(**counts: int) -> Measured:
+        values = {"clip_distance": 0.1, "dino_distance": 0.2, "vbench2": 0.3}
+        return Measured({}, [{"prompt": int(k[1:]), "samples": n, "values": values} for k, n in counts.items()])
+
+    assert features.columns(measured(p1=8, p0=8))["diversity.vbench2"] == [0.3, 0.3]
+    gap, few = measured(p0=8, p2=8), measured(p0=8, p1=7, p3=8)
+    with pytest.raises(UserError, match=r"diversity suite is not whole: prompt 1 of diversity has 0 of 8 samples; "):
+        features.columns(gap)
+    with pytest.raises(UserError, match=r"prompt 1 of diversity has 7 of 8 samples and 1 more; "):
+        features.columns(few)
+    assert features.columns(gap, allow_missing=True)["diversity.dino_distance"] == [0.2, None, 0.2]
+    assert features.lacking(few) == [f"prompt {k} of diversity has {n} of 8 samples" for k, n in ((1, 7), (2, 0))]
 
 
 def save_clip(path: Path, frames: np.ndarray) -> None:
@@ -238,8 +253,11 @@ def test_clips_of_unequal_length_are_refused(tmp_path: Path) -> None:
     for path, count in zip(paths, (3, 2), strict=True):
         save_clip(path, pictures(count, 16, 20))
     models = {"clip_large": Corner(), "dinov2": Corner(), "vgg": Levels()}
+    items = [PromptSamples(0, {"prompt": "a"}, paths)]
     with pytest.raises(UserError, match=r"0001\.png has 2 frames, 0000\.png beside it 3; samples of one prompt"):
-        list(measure([PromptSamples(0, {"prompt": "a"}, paths)], models))
+        list(measure(items, models))
+    with pytest.raises(UserError, match=r"0000\.png has 3 frames, expected 2"):
+        list(measure(items, models, frames=2))
 
 
 def test_models_are_opened_from_their_folders(tmp_path: Path) -> None:

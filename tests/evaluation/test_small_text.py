@@ -110,6 +110,8 @@ def test_rendered_words_are_read_and_wrong_ones_counted(tmp_path: Path, capfd: p
         ("00004/samples/0000.png", "OPEN LATE", pytest.approx(1 / 9)),
     ]
     assert told == [1, 1, 1]
+    with pytest.raises(UserError, match=r"00004/samples/0000\.png has 4 frames, expected 1"):
+        list(measure(list_samples([tmp_path]), frames=1))
     assert capfd.readouterr() == ("", "")  # the reader is quiet
 
 

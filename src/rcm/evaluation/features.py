@@ -43,6 +43,8 @@ def measure(
     models: Mapping[str, Any],
     device: torch.device | str = "cpu",
     advance: Callable[[int], object] = lambda count: None,
+    *,
+    frames: int | None = None,
 ) -> Iterator[dict[str, Any]]:
     """A row for each prompt: {"prompt", "samples", "values": {measure: number, or None of too few samples}}.
 
@@ -50,6 +52,7 @@ def measure(
         models: `clip_large` (a folder, or a `Clip`), `dinov2` (a folder, or a `Dino`), `vgg` (torchvision's
             vgg19-dcbb9e9d.pth, or a `Vgg`).
         advance: told how many samples are done.
+        frames: how many every sample must have, where that is known.
 
     Samples of one prompt that differ in their number of frames are a UserError.
     """
@@ -62,15 +65,15 @@ def measure(
         clips: list[tuple[Tensor, Tensor]] = []
         squares: list[np.ndarray] = []
         for number, path in enumerate(item.paths):
-            frames = read_frames(path)
-            if squares and len(frames) != len(squares[0]):
+            clip_frames = read_frames(path, frames)
+            if squares and len(clip_frames) != len(squares[0]):
                 raise UserError(
-                    f"{path} has {len(frames)} frames, {item.paths[0].name} beside it {len(squares[0])}; "
+                    f"{path} has {len(clip_frames)} frames, {item.paths[0].name} beside it {len(squares[0])}; "
                     "samples of one prompt must be of one length"
                 )
-            squares.append(resized(frames, (_SIDE, _SIDE), Image.Resampling.BILINEAR))
+            squares.append(resized(clip_frames, (_SIDE, _SIDE), Image.Resampling.BILINEAR))
             if number < SAMPLES:
-                few = frames[evenly(len(frames))]
+                few = clip_frames[evenly(len(clip_frames))]
                 clips.append((pooled(clip.images(few)), pooled(dino.images(few))))
         features = [torch.stack(column) for column in zip(*clips, strict=True)]
         values = [distance(column) if len(column) == SAMPLES else None for column in features]
@@ -79,10 +82,42 @@ def measure(
         advance(len(squares))
 
 
-def columns(measured: Measured) -> dict[str, list[float | None]]:
-    """The values under their keys in a score JSON, `diversity.MEASURE`, by prompt."""
-    rows = sorted(measured.rows, key=lambda row: row["prompt"])
-    return {f"diversity.{name}": [row["values"][name] for row in rows] for name in MEASURES}
+def columns(measured: Measured, allow_missing: bool = False) -> dict[str, list[float | None]]:
+    """The values under their keys in a score JSON, `diversity.MEASURE`, by prompt: None where it was not measured.
+
+    Raises UserError for what `lacking` names, unless that is allowed.
+    """
+    gone = lacking(measured)
+    if gone and not allow_missing:
+        raise UserError(
+            f"the diversity suite is not whole: {gone[0]}{f' and {len(gone) - 1} more' * (len(gone) > 1)}; sample and "
+            "measure it again, or allow missing samples (evaluation.allow_missing=true)"
+        )
+    rows = {row["prompt"]: row["values"] for row in measured.rows}
+    count = max(rows, default=-1) + 1
+    return {f"diversity.{name}": [rows.get(prompt, {}).get(name) for prompt in range(count)] for name in MEASURES}
+
+
+def lacking(measured: Measured) -> list[str]:
+    """Each prompt that was left out, or has fewer samples than another."""
+    counts = {row["prompt"]: row["samples"] for row in measured.rows}
+    most = max(counts.values(), default=0)
+    return [
+        f"prompt {prompt} of diversity has {counts.get(prompt, 0)} of {most} samples"
+        for prompt in range(max(counts, default=-1) + 1)
+        if counts.get(prompt, 0) < most
+    ]
+
+
+def block(measured: Measured) -> dict[str, Any]:
+    """What a score JSON says under "evaluator" of the diversity in its columns."""
+    sampling = measured.header.get("sampling")
+    return {
+        "by": measured.header["by"],
+        "sampling": sampling,
+        "prompts_sha256": (sampling or {}).get("prompts_sha256"),
+        "samples": sum(row["samples"] for row in measured.rows),
+    }
 
 
 # --- Distances of features -----------------------------------------------------------------------------------------

@@ -118,9 +118,12 @@ def by() -> dict[str, Any]:
 
 
 def measure(
-    items: Sequence[PromptSamples], advance: Callable[[int], object] = lambda count: None
+    items: Sequence[PromptSamples],
+    advance: Callable[[int], object] = lambda count: None,
+    *,
+    frames: int | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """A row for each sample: {"prompt", "filename", "wanted", "read" (its lines), "cer"}.
+    """A row for each sample: {"prompt", "filename", "wanted", "read" (its lines), "cer"}; `frames` is how many it must have.
 
     Raises UserError for a prompt whose metadata have no "text".
     """
@@ -132,8 +135,8 @@ def measure(
                 "expected samples of suite=text"
             )
         for path in item.paths:
-            frames = read_frames(path)
-            lines = read(frames[len(frames) // 2])
+            clip = read_frames(path, frames)
+            lines = read(clip[len(clip) // 2])
             row: dict[str, Any] = {"prompt": item.index, "filename": item.name(path), "wanted": wanted}
             yield row | {"read": "\n".join(lines), "cer": error_rate(wanted, lines)}
             advance(1)
