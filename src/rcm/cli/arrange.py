@@ -4,28 +4,37 @@ import os
 import shutil
 from argparse import Namespace
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 from rcm.artefact import UserError, atomic_folder, recording
 from rcm.cli.config import compose
+from rcm.cli.progress import Progress
 from rcm.data.prompt_files import file_name_fault
-from rcm.evaluation.samples import PromptSamples, list_samples
+from rcm.evaluation.samples import PromptSamples, list_samples, read_frames, read_sampling
 
 
 def arrange(arguments: Namespace) -> None:
     """Lay out all parts of a suite in one folder.
 
     GenEval reads `00012/metadata.jsonl` and `00012/samples/0003.png`, VBench `NAME-3.mp4`, named by the short prompt.
+    Every sample is read first: the evaluators do not ask whether a film is whole.
     """
     scorer = compose(arguments.overrides)["evaluation"]["scorer"]
     numbers = {"layout": "vbench" if scorer.startswith("vbench") else "geneval"}
     with recording(arguments.out, stage="arrange", inputs=arguments.samples, config=numbers) as facts:
         items = list_samples(arguments.samples)
+        frames = (read_sampling(arguments.samples) or {}).get("frames")
         places = _flat(items) if numbers["layout"] == "vbench" else _by_prompt(items)
+        count = sum(len(item.paths) for item in items)
+        with Progress("arrange", count, "samples") as progress:
+            for path in chain.from_iterable(item.paths for item in items):
+                read_frames(path, frames)
+                progress.advance()
         with atomic_folder(arguments.out) as folder:
             for name, source in places.items():
                 _link(source, folder / name)
-        facts["samples"] = sum(len(item.paths) for item in items)
+        facts["samples"] = count
 
 
 def _by_prompt(items: Sequence[PromptSamples]) -> dict[str, Path]:
