@@ -1,14 +1,15 @@
-"""Which scores may be compared, those of one evaluator and set of prompts, and how: seeds of a method together."""
+"""Scores of a medium on one axis, and how they are compared: seeds of a method together."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from rcm.artefact import UserError
+from rcm.report.facts import comparable, differences, evaluator, short
+from rcm.report.facts import sigma_max as sigma_max
 from rcm.report.scores import (
-    CONTROLS,
+    HEADLINES,
     Estimate,
     Score,
     compare,
@@ -20,7 +21,6 @@ from rcm.report.scores import (
     reported,
 )
 
-FAMILIES = {"geneval": "GenEval", "vbench": "VBench", "shapeeval": "ShapeEval"}  # names of the evaluators' own scores
 MAIN = ("diversity.vendi",)  # stands for all measures of diversity where it is known, as it takes them together
 LAMBDAS = "rcm-lambda-"  # models distilled with so many times the scale's λ; one time is rcm, none at all is scm
 ROLLOUTS = {"rcm": ("rcm", "rcm-fixed-rollout"), "dmd": ("dmd-random-rollout", "dmd")}  # with random and fixed times
@@ -29,8 +29,8 @@ ROLLOUTS = {"rcm": ("rcm", "rcm-fixed-rollout"), "dmd": ("dmd-random-rollout", "
 def by_medium(scores: Iterable[Score]) -> dict[str, list[Score]]:
     """Scores of images and of clips, in the order of tables.
 
-    Raises UserError where those of a medium come from different evaluators or prompts, where students were sampled
-    from different σ_max, or one is there twice: then their numbers do not belong on one axis.
+    Raises UserError where those of a medium cannot be compared, or one is there twice: then their numbers do not belong
+    on one axis.
     """
     found: dict[str, list[Score]] = {}
     for _, score in in_order(scores):
@@ -39,47 +39,10 @@ def by_medium(scores: Iterable[Score]) -> dict[str, list[Score]]:
         models = [f"{score['model']} at {score['steps']} steps" for score in own]
         if twice := sorted({model for model in models if models.count(model) > 1}):
             raise UserError(f"there are two scores of {twice[0]} for {medium}; give one")
-        facets = [_facets(score) for score in own]
-        for what in facets[0]:
-            _same(medium, what, (facet[what] for facet in facets))
-        beside = [(_evaluator(score).get("diversity") or {}).get("prompts_sha256") for score in own]
-        _same(medium, "prompts for diversity", (f"SHA-256 {said[:12]}" for said in beside if said))
-        starts = [start for score in own if (start := sigma_max(score)) is not None]
-        _same(medium, "σ_max", (f"{start:g}" for start in starts))
+        for what, values in differences(comparable(own)).items():
+            said = "; ".join(sorted({short(value)[:120] or "unknown" for value in values}))
+            raise UserError(f"the scores of {medium} differ in {what} and cannot be compared: {said}")
     return {medium: found[medium] for medium in sorted(found, reverse=True)}
-
-
-def _same(medium: str, what: str, found: Iterable[str]) -> None:
-    different = sorted(set(found))
-    if len(different) > 1:
-        raise UserError(f"the scores of {medium} differ in {what} and cannot be compared: {'; '.join(different)}")
-
-
-def _evaluator(score: Score) -> Mapping[str, Any]:
-    found: Mapping[str, Any] = score.get("evaluator", {})
-    return found
-
-
-def _facets(score: Score) -> dict[str, str]:
-    """What scores must agree in, by what to call it."""
-    said = _evaluator(score)
-    name = said.get("name") or FAMILIES.get((headline(score) or "").partition(".")[0], "unknown")
-    return {
-        "evaluator": f"{name}, version {said.get('version', 'unknown')}",
-        "protocol": str(said.get("protocol")),
-        "detector or models": str(said.get("models") or said.get("detector")),
-        "prompts": f"SHA-256 {str(said.get('prompts_sha256'))[:12]}",
-        "number of samples": str(score.get("n_samples")),
-        "what is missing": ", ".join(map(str, said.get("missing") or ["nothing"])),
-    }
-
-
-def sigma_max(score: Score) -> float | None:
-    """Where the sampling of a student began, if its score says so; that of the teacher is its sampler's affair."""
-    if score["model"] == "teacher" or score["model"] in CONTROLS:
-        return None
-    start = (_evaluator(score).get("sampling") or {}).get("sigma_max")
-    return None if start is None else float(start)
 
 
 def quality(scores: Sequence[Score]) -> str | None:
@@ -91,7 +54,9 @@ def overall(medium: str, scores: Sequence[Score]) -> str:
     """The same, where there must be one."""
     key = quality(scores)
     if key is None:
-        raise UserError(f"none of the scores of {medium} has an overall score, such as geneval.overall or vbench.total")
+        raise UserError(
+            f"none of the scores of {medium} has an overall score, geneval.overall or a vbench.total of all dimensions"
+        )
     return key
 
 
@@ -112,8 +77,8 @@ def grouped(scores: Iterable[Score]) -> dict[tuple[str, int], list[Score]]:
 def quality_name(key: str, score: Score | None = None) -> str:
     """ "GenEval overall", and with a score of it which evaluator: "GenEval (HF Mask2Former) overall"."""
     family, _, measure = key.partition(".")
-    name = _evaluator(score).get("name") if score else None
-    return f"{name or FAMILIES.get(family, family)} {measure}"
+    named = {key.partition(".")[0]: name for key, name in HEADLINES.items()}
+    return f"{(evaluator(score).get('name') if score else None) or named.get(family, family)} {measure}"
 
 
 def lambda_times(method: str) -> float | None:
@@ -129,11 +94,29 @@ def is_variant(method: str) -> bool:
 
 
 def pooled(key: str, group: Sequence[Score]) -> Estimate | None:
-    """A metric of one model over its training seeds; None where none has it."""
-    group = [score for score in group if score["metrics"].get(key, {}).get("value") is not None]
+    """A metric of one model over its training seeds; None where none has it.
+
+    The value is the mean of what the scores report, which need not be a mean over prompts; the interval moves with it.
+    """
+    group = _having(key, group)
     if len(group) < 2:
         return reported(group[0], key) if group else None
-    return compare(lambda mean: mean, key, group) or Estimate(float(np.mean([reported(s, key).value for s in group])))
+    value = float(np.mean([reported(score, key).value for score in group]))
+    made = compare(lambda mean: mean, key, group)
+    if made is None:
+        return Estimate(value)
+    return Estimate(value, *(bound + value - made.value for bound in (made.low, made.high)))
+
+
+def _having(key: str, group: Iterable[Score]) -> list[Score]:
+    return [score for score in group if score["metrics"].get(key, {}).get("value") is not None]
+
+
+def _offset(key: str, group: Sequence[Score]) -> float:
+    """What scores report more than their means over prompts, on average: VBench's own code weighs otherwise."""
+    means = [compare(lambda mean: mean, key, [score]) for score in group]
+    found = [reported(s, key).value - m.value for s, m in zip(group, means, strict=True) if m is not None]
+    return float(np.mean(found)) if found else 0.0
 
 
 Groups = Mapping[tuple[str, int], Sequence[Score]]  # by method and number of steps, a score a training seed
@@ -150,6 +133,13 @@ class Contrast(Estimate):
         """Whether there is an interval."""
         return self.low == self.low
 
+    def signed(self, between: str = " ") -> str:
+        """Signed, with its interval if there is one; with four decimals where three would leave one digit."""
+        shown = [self.value, *((self.low, self.high) if self.bounded else ())]
+        digits = 3 if max(map(abs, shown)) >= 0.01 else 4
+        value, *bounds = (f"{round(x, digits) + 0.0:+.{digits}f}".replace("-", "−") for x in shown)  # + 0.0: no -0
+        return f"{value}{between}[{', '.join(bounds)}]" if bounds else value
+
 
 def contrast(key: str, a: Sequence[Score], b: Sequence[Score], *, relative: bool = False) -> Contrast | None:
     """a - b, or a / b, of a metric; None where a side has none.
@@ -157,10 +147,12 @@ def contrast(key: str, a: Sequence[Score], b: Sequence[Score], *, relative: bool
     Without values by prompt the interval is that of independent estimates: half-widths add up in squares (for a ratio
     as shares). The mean of seeds counts as wide as they are on average, as they share their prompts.
     """
-    found = compare(ratio if relative else difference, key, a, b)
+    first, second = (_offset(key, _having(key, side)) for side in (a, b))
+    statistic = ratio if relative else difference
+    found = compare(lambda x, y: statistic(x + first, y + second), key, a, b)
     if found is not None:
         return Contrast(found.value, found.low, found.high)
-    sides = [[reported(s, key) for s in side if s["metrics"].get(key, {}).get("value") is not None] for side in (a, b)]
+    sides = [[reported(s, key) for s in _having(key, side)] for side in (a, b)]
     if not all(sides) or (relative and any(side[0].value == 0 for side in sides)):
         return None
     (x, x_half), (y, y_half) = (

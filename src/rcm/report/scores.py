@@ -17,15 +17,15 @@ METHODS = {
     "dcm": "dCM",
     "meanflow": "MeanFlow",
     "dmd": "DMD",
-    "dmd-random-rollout": "DMD, random times",
+    "dmd-random-rollout": "DMD (random times)",
     "dmd2": "DMD2",
-    "rcm-lambda-0.1": "rCM, 0.1 λ",
+    "rcm-lambda-0.1": "rCM (0.1 λ)",
     "rcm": "rCM",
-    "rcm-lambda-10": "rCM, 10 λ",
-    "rcm-lambda-100": "rCM, 100 λ",
-    "rcm-fixed-rollout": "rCM, fixed times",
+    "rcm-lambda-10": "rCM (10 λ)",
+    "rcm-lambda-100": "rCM (100 λ)",
+    "rcm-fixed-rollout": "rCM (fixed times)",
 }
-HEADLINES = ("geneval.overall", "vbench.total", "shapeeval.overall")
+HEADLINES = {"geneval.overall": "GenEval", "vbench.total": "VBench", "shapeeval.overall": "ShapeEval"}  # of whom
 CONTROLS = {"oracle": "Ground truth", "codec": "Ground truth, codec", "shuffled": "Another prompt"}
 LABELS = {
     "single_object": "Single",
@@ -39,7 +39,7 @@ LABELS = {
     "psnr": "PSNR",
     "clip_distance": "CLIP distance",
     "dino_distance": "DINO distance",
-    "vbench2": "VBench-2.0",
+    "vbench2": "VBench-2.0 diversity",
     "cer": "CER",
 }
 
@@ -78,8 +78,14 @@ def in_order(scores: Iterable[Score]) -> list[tuple[Run, Score]]:
 
 
 def headline(score: Score) -> str | None:
-    """The metric that sums up a score; None for a score of parts alone, such as VBench's native dimensions."""
-    return next((key for key in HEADLINES if key in score["metrics"]), None)
+    """The metric that sums up a score; None for a score of parts alone, such as VBench's with dimensions missing."""
+    return None if lacking(score)[0] else next((key for key in HEADLINES if key in score["metrics"]), None)
+
+
+def lacking(score: Score) -> tuple[list[str], list[str]]:
+    """The dimensions and the samples that are missing; samples are named by their files."""
+    named = [str(what) for what in (score.get("evaluator") or {}).get("missing") or []]
+    return [name for name in named if "." not in name], [name for name in named if "." in name]
 
 
 def label(key: str) -> str:
@@ -110,7 +116,23 @@ class Estimate:
 
 def number(value: float) -> str:
     """Three decimals for shares and rates, two for larger numbers such as decibels; a dash for NaN."""
-    return "–" if value != value else f"{value:.3f}" if abs(value) < 2 else f"{value:.2f}"
+    return "–" if value != value else minus(f"{value:.{3 if abs(value) < 2 else 2}f}")
+
+
+def signed(value: float, digits: int = 3) -> str:
+    """+0.012 or −0.012; what rounds to nothing is 0.000."""
+    return minus(f"{value:+.{digits}f}")
+
+
+def minus(text: str) -> str:
+    """A printed number with a true minus sign, and none where nothing is left of it."""
+    return text.replace("-", "−") if any(digit in text for digit in "123456789") else text.lstrip("+-")
+
+
+def joined(words: Iterable[str]) -> str:
+    """ "a, b and c"."""
+    *most, last = [*words] or [""]
+    return f"{', '.join(most)} and {last}" if most else last
 
 
 def reported(score: Score, key: str) -> Estimate:
