@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from rcm.artefact import sha256_file
 from rcm.data.prompts import counting, single_object
 from rcm.evaluation.measured import write_measured
 
@@ -16,10 +17,11 @@ IMAGES = ["experiment=cosmos-predict2-2b-images", "suites.report.samples=2", "ev
 CLIPS = ["experiment=wan2.1-1.3b-clips"]
 PROMPTS = [single_object("bear"), counting("cup", 2)]
 SAMPLING = {"checkpoint_sha256": "a" * 64, "sigma_max": 80.0, "steps": 4, "seed": 43}
+KNOWN = {"score": 1.0, "facts": 15, "failed": []}
 BY = {"name": "GenEval (HF Mask2Former)", "models": {"detector": "b" * 64}, "device": "cpu", "versions": {}}
 
 
-def detected(path: Path, found: dict[str, list[str]], **sampling: Any) -> Path:
+def detected(path: Path, found: dict[str, list[str]], known: Any = KNOWN, **sampling: Any) -> Path:
     """Stored detections: by file, the classes that were found in it."""
     rows = [
         {
@@ -30,7 +32,7 @@ def detected(path: Path, found: dict[str, list[str]], **sampling: Any) -> Path:
         }
         for name, classes in found.items()
     ]
-    header = {"measured": "geneval", "by": BY, "known": {"score": 1.0}, "sampling": {**SAMPLING, **sampling}}
+    header = {"measured": "geneval", "by": BY, "known": known, "sampling": {**SAMPLING, **sampling}}
     write_measured(path, header, rows)
     return path
 
@@ -96,8 +98,33 @@ def test_diversity_is_of_the_same_samples(outputs: Any, fail: Run, tmp_path: Pat
     assert "another sigma_max (1600.0, not 80.0)" in said and "diversity.jsonl" in said
 
 
-def test_the_official_results_of_geneval(prompts: Path, outputs: Any, run: Run, fail: Run, tmp_path: Path) -> None:
-    lines = [
+def test_the_prompts_are_those_that_were_sampled(
+    prompts: Path, outputs: Any, run: Run, fail: Run, tmp_path: Path
+) -> None:
+    stored = detected(tmp_path / "measured.jsonl", FOUND, prompts_sha256=sha256_file(prompts))
+    words = ("evaluate", *IMAGES, "--measured", stored, "--prompts", prompts, *outputs)
+    run(*words)
+    outputs[1].unlink()
+    prompts.write_text(prompts.read_text() + "\n")
+    said = fail(*words)
+    assert f"report.jsonl has the SHA-256 {sha256_file(prompts)}, but the samples were made from prompts with" in said
+    assert not outputs[1].exists()
+
+
+def test_an_untrusted_detector_has_no_score(outputs: Any, run: Run, fail: Run, tmp_path: Path) -> None:
+    known = {"score": 0.6, "facts": 15, "failed": ["a photo of a cat"] * 6}
+    stored = detected(tmp_path / "report.jsonl", FOUND, known=known)
+    words = ("evaluate", *IMAGES, "--measured", stored, *outputs)
+    assert "fails 6 of 15 facts on known photographs, such as 'a photo of a cat'" in fail(*words)
+    assert not outputs[1].exists()
+    run(*words, "evaluation.known_at_least=0.6")
+    assert json.loads(outputs[1].read_text())["evaluator"]["known"] == known
+
+
+def official_results(path: Path, header: dict[str, Any] | None = None) -> Path:
+    """What GenEval's own evaluator says of `FOUND`, of each prompt one right."""
+    lines: list[dict[str, Any]] = [] if header is None else [header]
+    lines += [
         {
             "filename": f"somewhere/{name}",
             "tag": PROMPTS[int(name[:5])]["tag"],
@@ -109,8 +136,12 @@ def test_the_official_results_of_geneval(prompts: Path, outputs: Any, run: Run, 
         }
         for name in FOUND
     ]
-    official = tmp_path / "official.jsonl"
-    official.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    return path
+
+
+def test_the_official_results_of_geneval(prompts: Path, outputs: Any, run: Run, fail: Run, tmp_path: Path) -> None:
+    official = official_results(tmp_path / "official.jsonl")
     scorer = "evaluation.scorer=geneval-mmdet"
     run("evaluate", *IMAGES, scorer, "--official", official, "--prompts", prompts, *outputs)
     score = json.loads(outputs[1].read_text())
@@ -118,6 +149,25 @@ def test_the_official_results_of_geneval(prompts: Path, outputs: Any, run: Run, 
     assert score["metrics"]["geneval.overall"]["kind"] == "official"
     said = fail("evaluate", *IMAGES, "--official", official, *outputs)
     assert "evaluation.scorer=geneval-mask2former takes --measured, or --samples and --weights" in said
+
+    known = {"score": 0.6, "facts": 15, "failed": ["a photo of a cat"] * 6}
+    official_results(official, {"official": "geneval-mmdet", "version": "1", "known": known})
+    assert "fails 6 of 15 facts" in fail("evaluate", *IMAGES, scorer, "--official", official, *outputs)
+
+
+def test_samples_that_were_judged_elsewhere_are_not_read_again(
+    outputs: Any, run: Run, fail: Run, tmp_path: Path
+) -> None:
+    """Thousands of films would be hashed; how they were made stands beside them."""
+    official, part = official_results(tmp_path / "official.jsonl"), tmp_path / "1-of-1"
+    words = ("evaluate", *IMAGES, "evaluation.scorer=geneval-mmdet", "--official", official, "--samples", part)
+    part.mkdir()
+    assert "1-of-1/sampling.json does not exist" in fail(*words, *outputs)
+    (part / "sampling.json").write_text(json.dumps({**SAMPLING, "part": "1-of-1"}))
+    run(*words, *outputs)
+    assert json.loads(outputs[1].read_text())["evaluator"]["sampling"] == SAMPLING
+    inputs = json.loads(Path(f"{outputs[1]}.prov.json").read_text())["inputs"]
+    assert [entry["path"] for entry in inputs] == ["sampling.json", "official.jsonl"]
 
 
 @pytest.mark.parametrize(

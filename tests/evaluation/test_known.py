@@ -79,6 +79,12 @@ def test_a_blind_detector_fails_all() -> None:
         trusted(found, 0.8)
 
 
+@pytest.mark.parametrize("found", [{}, {"score": 1.0}, {"score": "1", "facts": 15, "failed": []}])
+def test_what_no_check_has_found_is_refused(found: dict) -> None:
+    with pytest.raises(UserError, match="known photographs were looked at, but not how that went"):
+        trusted(found, 0.8)
+
+
 def mirrored(one: Detection, height: int, width: int) -> Detection:
     x0, y0, x1, y1 = one.box
     return replace(one, box=(width - x1, y0, width - x0, y1))

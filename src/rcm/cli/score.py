@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from rcm.artefact import UserError, atomic_file, read_json, recording, write_json, write_text
+from rcm.artefact import UserError, atomic_file, read_json, recording, sha256_file, write_json, write_text
 from rcm.cli.config import compose, config_dir, options
 from rcm.cli.names import model_and_steps
 
@@ -32,6 +32,7 @@ _SAME = ("checkpoint_sha256", "sampler", "sigma_max", "times", "steps", "precisi
 def evaluate(arguments: Namespace) -> None:
     """Score one model at one number of steps."""
     from rcm.evaluation import results_jsonl
+    from rcm.evaluation.samples import SAMPLING
 
     config = compose(arguments.overrides)
     kind = "text" if config["suite"] == "text" else config["evaluation"]["scorer"]
@@ -39,10 +40,19 @@ def evaluate(arguments: Namespace) -> None:
     model, steps = model_and_steps(arguments.out)
     common = {"model": model, "steps": steps, "resamples": config["evaluation"]["bootstrap"]}
     numbers = {"media": config["media"], "scorer": kind, **common}
-    files = [[value] if isinstance(value, Path) else value for name, value in given.items() if name != "weights"]
+    read = given
+    if "official" in given:  # its samples were judged elsewhere; how they were made is all that is read of them
+        read = {**given, "samples": [folder / SAMPLING for folder in given.get("samples", ())]}
+    files = [[value] if isinstance(value, Path) else value for name, value in read.items() if name != "weights"]
     inputs = [*chain.from_iterable(files), *given.get("weights", {}).values()]
     with recording(arguments.out, arguments.results, stage="evaluate", inputs=inputs, config=numbers):
         made = _evaluated(kind, given, config, common)
+        evaluator = made.scores["evaluator"]
+        _check_prompts(evaluator["sampling"], given.get("prompts"))
+        if evaluator["known"]:
+            from rcm.evaluation import known
+
+            known.trusted(evaluator["known"], config["evaluation"]["known_at_least"])
         write_json(arguments.out, made.scores)
         write_text(arguments.results, results_jsonl(made.results))
 
@@ -106,12 +116,7 @@ def _evaluated(
     from rcm.evaluation import geneval_scores
 
     if measured is None:
-        made = geneval_scores.from_results(given["official"], sampling=sampling, **numbers)
-        if found := made.scores["evaluator"]["known"]:
-            from rcm.evaluation import known
-
-            known.trusted(found, config["evaluation"]["known_at_least"])
-        return made
+        return geneval_scores.from_results(given["official"], sampling=sampling, **numbers)
     return geneval_scores.from_measured(measured, **numbers)
 
 
@@ -129,6 +134,16 @@ def _expected(given: Mapping[str, Any], config: Mapping[str, Any]) -> Any:
         return None
     prompts, samples = read_prompt_file(given["prompts"]), config["suites"][config["suite"]]["samples"]
     return Expected(prompts, [prompt.get("samples", samples) for prompt in prompts])
+
+
+def _check_prompts(sampling: Mapping[str, Any] | None, path: Path | None) -> None:
+    """Raise UserError where the samples were made from another file of prompts."""
+    said = (sampling or {}).get("prompts_sha256")
+    if said and path and said != (found := sha256_file(path)):
+        raise UserError(
+            f"{path} has the SHA-256 {found}, but the samples were made from prompts with {said}; give those, or "
+            "sample again"
+        )
 
 
 def _check_same(first: Mapping[str, Any] | None, second: Mapping[str, Any] | None, path: Path) -> None:

@@ -117,11 +117,17 @@ def check(detector: Detector, clip: Clip | None = None) -> dict[str, Any]:
 
 
 def trusted(found: Mapping[str, Any], at_least: float) -> None:
-    """Raise UserError if less than the share `at_least` of the facts hold."""
-    if found["score"] < at_least:
+    """Raise UserError if less than the share `at_least` of the facts hold, or `found` is not by `check`."""
+    kinds = {"score": int | float, "facts": int, "failed": list}
+    if not all(isinstance(found.get(name), kind) for name, kind in kinds.items()):
+        raise UserError(
+            "the measurement says that known photographs were looked at, but not how that went (score, facts, failed); "
+            "measure again"
+        )
+    if not found["score"] >= at_least:
         raise UserError(
             f"the detector fails {len(found['failed'])} of {found['facts']} facts on known photographs, such as "
-            f"{found['failed'][0]!r}: {found['score']:.2f} hold, at least {at_least:g} are needed "
+            f"{next(iter(found['failed']), '')!r}: {found['score']:.2f} hold, at least {at_least:g} are needed "
             "(evaluation.known_at_least); check its weights, and the device with another one"
         )
 
