@@ -495,7 +495,7 @@ STAGES: dict[str, Stage] = {
                 "sample folders, or files of scores, metrics or rounding errors, as the figure needs",
                 repeat=True,
             ),
-            Option("--published", "figure_lambda: the paper's numbers, FILE.csv", required=False),
+            Option("--published", "the paper's numbers for figure_lambda or figure_steps, FILE.csv", required=False),
             Option("--out", "the figure, FILE.png"),
         ),
         "rcm figure --name figure_training --inputs data/tiny/images/rcm-0/metrics.jsonl --out figure_training.png",

@@ -19,6 +19,7 @@ from rcm.report.scores import (
     keys_of,
     ratio,
     reported,
+    signed,
 )
 
 MAIN = ("diversity.vendi",)  # stands for all measures of diversity where it is known, as it takes them together
@@ -137,7 +138,7 @@ class Contrast(Estimate):
         """Signed, with its interval if there is one; with four decimals where three would leave one digit."""
         shown = [self.value, *((self.low, self.high) if self.bounded else ())]
         digits = 3 if max(map(abs, shown)) >= 0.01 else 4
-        value, *bounds = (f"{round(x, digits) + 0.0:+.{digits}f}".replace("-", "−") for x in shown)  # + 0.0: no -0
+        value, *bounds = (signed(x, digits) for x in shown)
         return f"{value}{between}[{', '.join(bounds)}]" if bounds else value
 
 

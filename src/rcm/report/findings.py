@@ -3,9 +3,10 @@
 The rules are the same for every run. A claim is "shown" if the whole 95 % interval supports it,
 "contradicted" if the whole interval speaks against it, and otherwise "not shown". A claim with several parts is "shown"
 if all of them are, and "contradicted" if one is and none is shown. Quality is the overall score of the evaluator.
-Diversity is decided by the Vendi score, which takes all hidden factors together, and without one by the distances of
-pairs in CLIP and DINOv2 together; other measures are told beside it. A claim whose scores are missing is "not shown"
-and says what is missing. Claims about ablations are looked at only where an ablation was scored.
+Diversity is decided by the Vendi score, which takes all hidden factors together and has the others told beside it; and
+without one by all measures together, distances of pairs in CLIP and DINOv2 and the diversity of VBench-2.0. A claim
+whose scores are missing is "not shown" and says what is missing. Scores that may not be compared are looked at apart.
+Claims about ablations are looked at only where an ablation was scored.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,7 +24,8 @@ from rcm.report.compared import (
     quality,
     quality_name,
 )
-from rcm.report.scores import METHODS, Estimate, Score, in_order, keys_of, label
+from rcm.report.facts import comparable
+from rcm.report.scores import METHODS, Score, in_order, keys_of, label
 
 SHOWN, NOT_SHOWN, CONTRADICTED = "shown", "not shown", "contradicted"
 MARGINS = {  # "about as good", by overall score
@@ -36,7 +38,6 @@ SHARES = {  # of the teacher's overall score that rCM reaches, by number of step
     "geneval.overall": {4: 0.95, 2: 0.95},  # the paper's least are 0.975 and 0.963
     "vbench.total": {4: 1.0, 2: 1.0},  # the paper's students lie above the teacher
 }
-DIVERSITY = (("diversity.vendi",), ("diversity.clip_distance", "diversity.dino_distance"))  # the first that is there
 DETAIL = {  # more is better
     "shapeeval.overall": ("fidelity.psnr", "fidelity.sharpness"),
     "geneval.overall": (),
@@ -71,7 +72,7 @@ class _Scores:
     @property
     def name(self) -> str:
         """What the overall score is called."""
-        return quality_name(self.key)
+        return quality_name(self.key, self.scores[0])
 
     @property
     def margin(self) -> float:
@@ -80,9 +81,10 @@ class _Scores:
 
 
 def findings(scores: Sequence[Score]) -> list[Finding]:
-    """Findings on every claim, for each medium that has an overall score; images first."""
+    """Findings on every claim, for each group of comparable scores that has an overall score; images first."""
     found = []
-    for media, scored in by_medium(scores).items():
+    groups = sorted(comparable(scores), key=lambda group: str(group[0]["media"]), reverse=True)
+    for media, scored in (item for group in groups for item in by_medium(group).items()):
         key = quality(scored)
         if key is None:
             continue
@@ -132,13 +134,6 @@ def _about(found: Contrast, *groups: Sequence[Score]) -> str:
     )
 
 
-def _signed(found: Estimate) -> str:
-    """Signed, with its interval if there is one; with four decimals where three would leave one digit."""
-    digits = 3 if max(abs(x) for x in (found.value, found.low, found.high) if x == x) >= 0.01 else 4
-    bounds = f" [{found.low:+.{digits}f}, {found.high:+.{digits}f}]" if found.low == found.low else ""
-    return f"{found.value:+.{digits}f}{bounds}"
-
-
 def _steps(count: int) -> str:
     return {1: "one step", 2: "two steps", 4: "four steps"}.get(count, f"{count} steps")
 
@@ -176,7 +171,7 @@ def _not_below(own: _Scores, baseline: str) -> Finding:
     found = contrast(own.key, rcm, other)
     if found is None:
         return _missing(own, claim, f"rCM and {name} with four steps")
-    sentence = f"The difference rCM − {name} in {own.name} is {_signed(found)}"
+    sentence = f"The difference rCM − {name} in {own.name} is {found.signed()}"
     if not found.bounded:
         return Finding(own.media, claim, NOT_SHOWN, f"{sentence}. {NO_INTERVAL}")
     verdict = _as_good(found, own.margin)
@@ -189,12 +184,6 @@ def _not_below(own: _Scores, baseline: str) -> Finding:
     return Finding(own.media, claim, verdict, f"{sentence}: {tail}. {_about(found, rcm, other)}")
 
 
-def _deciding(own: _Scores) -> tuple[str, ...]:
-    """The measures of diversity that decide."""
-    known = keys_of(own.scores, "diversity")
-    return next((keys for keys in DIVERSITY if any(key in known for key in keys)), DIVERSITY[0])
-
-
 def _differences(own: _Scores, a: str, b: str, keys: Iterable[str]) -> dict[str, tuple[Contrast, str]]:
     """a - b with four steps and whether that shows a > b, of measures that both have."""
     found = {key: contrast(key, own.of(a, 4), own.of(b, 4)) for key in keys}
@@ -205,18 +194,14 @@ def _more_diverse(own: _Scores, baseline: str) -> Finding:
     name = METHODS[baseline]
     claim = f"With four steps, rCM is more diverse than {name}."
     rows = _differences(own, "rcm", baseline, keys_of(own.scores, "diversity"))
-    deciding = _deciding(own)
-    if any(key not in rows for key in deciding):
+    deciding = measures(own.scores)
+    if not deciding or any(key not in rows for key in deciding):
         return _missing(own, claim, f"the diversity of rCM and {name} with four steps")
     main = {key: rows.pop(key) for key in deciding}
     verdict = _together(verdict for _, verdict in main.values())
-    if len(main) == 1:
-        ((found, _),) = main.values()
-        sentence = f"The difference rCM − {name} in the Vendi score over seeds of one prompt is {_signed(found)}."
-    else:
-        sentence = f"Differences rCM − {name} over seeds of one prompt: {_listed(main)}."
+    sentence = f"Differences rCM − {name} over seeds of one prompt: {_listed(main)}."
     if rows:
-        sentence += f" {'By hidden factor' if len(main) == 1 else 'Beside them'}: {_listed(rows)}."
+        sentence += f" By hidden factor: {_listed(rows)}."
     return Finding(own.media, claim, verdict, sentence)
 
 
@@ -233,7 +218,7 @@ def _scm_lacks_detail(own: _Scores) -> Finding:
 
 def _listed(rows: Mapping[str, tuple[Contrast, str]]) -> str:
     return "; ".join(
-        f"{label(key)} {_signed(found)} ({verdict}{'' if found.paired else ', not paired'})"
+        f"{label(key)} {found.signed()} ({verdict}{'' if found.paired else ', not paired'})"
         for key, (found, verdict) in rows.items()
     )
 
@@ -264,8 +249,8 @@ def _one_two_four(own: _Scores) -> Finding:
     if flat == SHOWN and second.low > 0:
         flat = NOT_SHOWN
     sentence = (
-        f"From one to two steps {own.name} changes by {_signed(first)} ({gain}), from two to four by "
-        f"{_signed(second)} (within {own.margin:g}, and no gain beyond the interval: {flat}). "
+        f"From one to two steps {own.name} changes by {first.signed()} ({gain}), from two to four by "
+        f"{second.signed()} (within {own.margin:g}, and no gain beyond the interval: {flat}). "
         f"{_about(second, own.of('rcm', 2))}"
     )
     return Finding(own.media, claim, _together([gain, flat]), sentence)
@@ -295,19 +280,22 @@ def _lambda_quality(own: _Scores) -> Finding:
         if method != "rcm" and found is not None:
             verdicts.append(_more(found) if times < 1 else _as_good(found, own.margin))
             paired = "" if found.paired else ", not paired"
-            rows.append(f"{_times(times)} {_signed(found)} ({verdicts[-1]}{paired})")
+            rows.append(f"{_times(times)} {found.signed()} ({verdicts[-1]}{paired})")
     sentence = f"The differences of rCM with four steps in {own.name} to {'; '.join(rows)}, within {own.margin:g}."
     return Finding(own.media, claim, _together(verdicts), sentence)
 
 
 def _lambda_diversity(own: _Scores) -> Finding:
     claim = "The larger λ, the less diverse are the samples of rCM."
-    swept = list(_sweep(own).items())
+    swept, keys = list(_sweep(own).items()), measures(own.scores)
+    missing = _missing(own, claim, "the diversity at two λ or more, with four steps")
+    if len(swept) < 2 or not keys:
+        return missing
     verdicts, parts = [], []
-    for key in _deciding(own):
-        ends = contrast(key, own.of(swept[0][0], 4), own.of(swept[-1][0], 4)) if len(swept) > 1 else None
+    for key in keys:
+        ends = contrast(key, own.of(swept[0][0], 4), own.of(swept[-1][0], 4))
         if ends is None:
-            return _missing(own, claim, "the diversity at two λ or more, with four steps")
+            return missing
         changes = [
             (f"{_times(x)} to {_times(y)}", found)
             for (a, x), (b, y) in pairwise(swept)
@@ -316,9 +304,9 @@ def _lambda_diversity(own: _Scores) -> Finding:
         rises = any(found.bounded and found.low > 0 for _, found in changes)
         verdict = _more(ends)
         verdicts.append(NOT_SHOWN if verdict == SHOWN and rises else verdict)
-        listed = "; ".join(f"{name} {_signed(found)}" for name, found in changes)
+        listed = "; ".join(f"{name} {found.signed()}" for name, found in changes)
         parts.append(
-            f"{label(key)} falls by {_signed(ends)} from {_times(swept[0][1])} to {_times(swept[-1][1])}, "
+            f"{label(key)} falls by {ends.signed()} from {_times(swept[0][1])} to {_times(swept[-1][1])}, "
             f"{'but not everywhere' if rises else 'and rises nowhere beyond the interval'} ({listed})"
         )
     return Finding(own.media, claim, _together(verdicts), f"With four steps {'; '.join(parts)}.")
@@ -334,9 +322,9 @@ def _rollout(own: _Scores, name: str) -> Finding:
         return _missing(own, claim, f"{METHODS[better]} and {METHODS[worse]} with four steps")
     beside = _differences(own, better, worse, measures(own.scores))
     sentence = (
-        f"The difference {words[0]} − {words[1]} in {own.name} with four steps is {_signed(found)}. "
+        f"The difference {words[0]} − {words[1]} in {own.name} with four steps is {found.signed()}. "
         f"{_about(found, own.of(better, 4), own.of(worse, 4))}"
     )
     if beside:
-        sentence += f" In diversity: {'; '.join(f'{label(key)} {_signed(e)}' for key, (e, _) in beside.items())}."
+        sentence += f" In diversity: {'; '.join(f'{label(key)} {e.signed()}' for key, (e, _) in beside.items())}."
     return Finding(own.media, claim, _more(found), sentence)

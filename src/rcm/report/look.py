@@ -11,7 +11,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from rcm.report.compared import is_variant, measures, overall, quality, quality_name, sigma_max
+from rcm.report.compared import is_variant, measures, overall, quality, quality_name
+from rcm.report.facts import sigma_max
 from rcm.report.scores import Estimate, Run, Score, label
 
 DPI = 200  # pixels an inch; a page shows them at half size

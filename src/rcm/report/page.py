@@ -16,31 +16,20 @@ import numpy as np
 from PIL import Image
 
 from rcm.artefact import UserError, read_json
+from rcm.report.compared import Contrast, contrast, grouped, is_variant, pooled, quality_name
+from rcm.report.facts import comparable
 from rcm.report.figures import chosen_prompts, sample_runs
 from rcm.report.findings import findings
 from rcm.report.panels import heading, panels
-from rcm.report.rows import comparable, from_csv
-from rcm.report.scores import (
-    CONTROLS,
-    Estimate,
-    Run,
-    Score,
-    compare,
-    headline,
-    in_order,
-    label,
-    number,
-    ratio,
-    reported,
-    run_of,
-)
+from rcm.report.rows import from_csv
+from rcm.report.scores import CONTROLS, Estimate, Run, Score, headline, in_order, joined, number, reported, run_of
 
 FRAME_MS = 160  # of a clip on the page
 CAPTIONS = {
     "figure_samples": "One sample a model and number of steps, from the same initial noise. The prompts are the first "
     "of each task, not chosen by eye. Small pictures are enlarged without smoothing, big ones scaled down.",
-    "figure_quality_diversity": "Quality against diversity with 95 % intervals; numbers are sampling steps. Up and to "
-    "the right is better; a dotted line is the diversity of ground-truth renders.",
+    "figure_quality_diversity": "Quality against diversity, means over training seeds with 95 % intervals; points are "
+    "the larger the more sampling steps. Up and to the right is better.",
     "figure_steps": "Quality and diversity against sampling steps, means over training seeds with 95 % intervals; the "
     "band is the teacher at its own number of steps. What the paper printed has a panel of its own.",
     "figure_lambda": "The weight λ of DMD beside sCM in rCM, as in figure 7 of the paper, with diversity beside "
@@ -163,25 +152,28 @@ def _belongs(stage: str, path: str | Path, scores: Iterable[Score]) -> bool:
 
 
 def _lead(scores: Sequence[Score]) -> str:
-    """What was run, in two sentences."""
+    """What was run, in a sentence; variants of ablations are told where they are shown."""
     parts = []
     for medium in _mediums(scores):
         own = [(run, s) for run, s in in_order(scores) if s["media"] == medium and run.method not in CONTROLS]
-        names = list(dict.fromkeys(run.label for run, _ in own if run.method != "teacher"))
-        steps = sorted({run.steps for run, _ in own if run.method != "teacher"})
+        steps: dict[str, set[int]] = defaultdict(set)
+        for run, _ in own:
+            if run.method != "teacher" and not is_variant(run.method):
+                steps[run.label].add(run.steps)
+        names: dict[tuple[int, ...], list[str]] = defaultdict(list)
+        for name, counts in steps.items():
+            names[tuple(sorted(counts))].append(name)
+        students = [f"{joined(some)} at {_steps(counts)}" for counts, some in names.items()]
         if own:
-            count, total = own[0][1]["n_prompts"], own[0][1]["n_samples"]
-            each, rest = divmod(total, max(1, count))
-            parts.append(
-                f"{medium}: {_and(names) or 'no student'} at {_and(map(str, steps))} steps beside the teacher, "
-                + (f"{count} prompts, {total} samples" if rest else f"{count} prompts with {each} samples each")
-            )
+            beside = ["beside the teacher"] if any(run.method == "teacher" for run, _ in own) else []
+            said = " ".join([joined(students) or "no student", *beside])
+            numbers = {f"{s['n_prompts']} prompts, {s['n_samples']} samples" for _, s in own}
+            parts.append(", ".join([f"{medium}: {said}", *(numbers if len(numbers) == 1 else ())]))
     return "; ".join(parts)
 
 
-def _and(words: Iterable[str]) -> str:
-    *most, last = [*words] or [""]
-    return f"{', '.join(most)} and {last}" if most else last
+def _steps(counts: Sequence[int]) -> str:
+    return f"{joined(map(str, counts))} step{'' if counts == (1,) else 's'}"
 
 
 def _mediums(scores: Iterable[Score]) -> list[str]:
@@ -190,11 +182,12 @@ def _mediums(scores: Iterable[Score]) -> list[str]:
 
 @dataclass(frozen=True)
 class Mark:
-    """One line of the overview: a score with its interval, and its share of the teacher's."""
+    """One line of the overview or, with its share of the teacher's score, one tile."""
 
     run: Run
     overall: Estimate
-    share: Estimate | None
+    share: Contrast | None = None
+    seeds: int = 1
 
     @property
     def name(self) -> str:
@@ -216,28 +209,33 @@ def _media(scores: Sequence[Score]) -> list[dict[str, Any]]:
 def _overview(group: Sequence[Score]) -> dict[str, Any]:
     """Headline scores that may be compared, on one scale, and what they say of the paper's claims."""
     key = headline(group[0]) or ""
-    own = in_order(group)
-    teacher = [score for run, score in own if run.method == "teacher"]
-    marks = []
-    for run, score in own:
-        student = run.method not in ("teacher", *CONTROLS)
-        share = compare(ratio, key, [score], teacher) if student and teacher else None
-        marks.append(Mark(run, reported(score, key), share))
+    marks = [Mark(run, reported(score, key)) for run, score in in_order(group)]
     low, high = 0.0, 1.0
     if key == "vbench.total":  # between models a few hundredths
         bounds = [x for mark in marks for x in (mark.overall.value, mark.overall.low, mark.overall.high) if x == x]
         low, high = np.floor(20 * min(bounds)) / 20, np.ceil(20 * max(bounds) + 1e-9) / 20
-    students = [mark for mark in marks if mark.run.method == "rcm" and not mark.run.seed]
     return {
-        "name": f"{group[0].get('evaluator', {}).get('name', 'ShapeEval')} {label(key).lower()}",
+        "name": quality_name(key, group[0]),
         "what": OVERVIEWS[key],
         "marks": marks,
         "teacher": next((mark for mark in marks if mark.run.method == "teacher"), None),
-        "students": sorted(students, key=lambda mark: -mark.run.steps),
+        "students": _tiles(key, group),
         "findings": findings(group),
         "axis": [f"{low:g}", f"{high:g}"],
         "place": lambda value: f"{100 * (value - low) / (high - low):.2f}",
     }
+
+
+def _tiles(key: str, group: Sequence[Score]) -> list[Mark]:
+    """rCM at each number of steps, the most first: all training seeds together, beside the teacher."""
+    known = grouped(group)
+    teacher = next((found for (method, _), found in known.items() if method == "teacher"), [])
+    made = []
+    for (method, steps), found in known.items():
+        if method == "rcm" and (estimate := pooled(key, found)) is not None:
+            share = contrast(key, found, teacher, relative=True)
+            made.append(Mark(Run(method, None, steps), estimate, share if share and share.paired else None, len(found)))
+    return sorted(made, key=lambda mark: -mark.run.steps)
 
 
 # --- Pictures ------------------------------------------------------------------------------------------------------

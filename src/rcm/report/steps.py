@@ -14,7 +14,6 @@ from matplotlib.lines import Line2D
 from rcm.artefact import UserError
 from rcm.report.compared import (
     ROLLOUTS,
-    Contrast,
     Groups,
     by_medium,
     contrast,
@@ -202,15 +201,12 @@ def _pair(ax: Axes, key: str, groups: Groups, name: str) -> None:
 
     def name_of(steps: int) -> str:
         found = contrast(key, groups.get((random, steps), ()), groups.get((fixed, steps), ()))
-        return str(steps) if found is None else f"{steps}\n{_signed(found)}"
+        if found is None:
+            return str(steps)
+        return "\n".join([str(steps), found.signed("\n"), *([] if found.paired else ["not paired"])])
 
     _step_axis(ax, (steps for method, steps in groups if method in looks), name_of)
     ax.set_xlabel("Sampling steps; below, random − fixed")
-
-
-def _signed(found: Contrast) -> str:
-    value, low, high = (f"{x:+.3f}".replace("-", "−") for x in (found.value, found.low, found.high))
-    return value + (f"\n[{low}, {high}]" if found.bounded else "") + ("" if found.paired else "\nnot paired")
 
 
 def _updates(metrics: Iterable[Path]) -> dict[tuple[str, str], set[int]]:
