@@ -73,11 +73,20 @@ def test_a_missing_dimension_is_an_error_or_raw_zero() -> None:
         ({"scene": "0.5"}, "scene is '0.5'"),
         ({"scene": None}, "scene is None"),
         ({"human_action": True}, "human_action is True"),
+        ({"color": 83.0}, "color is 83.0; expected a number, a fraction such as 0.83"),
+        ({"color": float("inf")}, "color is inf"),
+        ({"color": 10**400}, "color is 1000"),
     ],
 )
 def test_what_is_no_number_of_a_dimension_is_named(change: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         vbench.aggregate({**GOLDEN["half"][0], **change})
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    raw = GOLDEN["best"][0]
+    of_numpy = {name: np.int64(1) if value == 1 else np.float32(value) for name, value in raw.items()}
+    assert vbench.aggregate(of_numpy) == pytest.approx(vbench.aggregate(raw), abs=1e-6)
 
 
 # --- Scores --------------------------------------------------------------------------------------------------------
@@ -293,6 +302,9 @@ def test_missing_dimensions_are_refused_with_their_reason_or_named(write: Callab
         (lambda r: r.update(colour=r.pop("color")), "unknown dimension 'colour'"),
         (lambda r: r.update(color=[83.0, r["color"][1]]), r"official.json, color: 83.0 is no fraction"),
         (lambda r: r.update(color=[float("nan"), r["color"][1]]), "color: nan is no fraction"),
+        (lambda r: r.update(color=[10**400, r["color"][1]]), "color: 1000*00 is no fraction"),
+        (lambda r: r["color"][1].append(r["color"][1][0]), "color: the video a red car-0 is there twice"),
+        (lambda r: r["color"][1][0].update(video_path=f"/x/red-{'1' * 5000}.mp4"), "PROMPT-NUMBER.mp4"),
         (lambda r: r.update(color=[0.5, []]), "color: there is a score but no video"),
         (lambda r: r.update(color=0.5), "another version"),
         (lambda r: r.update(color=[0.5, [{"video_path": video("a red car", 0)}]]), "video_results of each video"),
@@ -318,6 +330,12 @@ def test_damaged_results_are_named(write: Callable[[Any], Path], change: Callabl
         ({"official": "vbench-long"}, "results of 'vbench-long', but evaluation.scorer is vbench"),
         ({"gpus": 8}, "made by 8 processes"),
         ({"missing": ["a bird-1.mp4"]}, "lacks 1 videos"),
+        ({"missing": 7}, "official.json: key 'missing' must be a list of texts"),
+        ({"failed": ["color"]}, "key 'failed' must be an object"),
+        ({"static": {"a still": "x"}}, "key 'static' must be an object of lists of whole numbers"),
+        ({"static": {"a still": ["0"]}}, "key 'static' must be"),
+        ({"versions": "0.1.5"}, "key 'versions' must be an object"),
+        ({"device": 0}, "key 'device' must be a text"),
     ],
 )
 def test_results_made_otherwise_are_refused(write: Callable[[Any], Path], about: dict[str, Any], words: str) -> None:
@@ -412,6 +430,16 @@ def test_flicker_is_compared_on_the_videos_that_passed_the_filter(write: Callabl
         scored(write(wrapped(results, static={"a still": [1]})), native=native(temporal_flickering=0.9))
 
 
+def test_what_cannot_be_compared_video_by_video_is_not(write: Callable[[Any], Path]) -> None:
+    """Without the filter's own words, video 0 of flicker may be sample 7; VBench-Long cuts videos into parts."""
+    results, ours = official_results(), native(temporal_flickering=0.9, subject_consistency=0.9)
+    found = scored(write(results), native=ours)["evaluator"]["native_minus_official"]
+    assert list(found) == ["subject_consistency"]
+    scores = scored(write(results), native=ours, protocol="vbench-long")
+    assert "native_minus_official" not in scores["evaluator"]
+    assert scores["evaluator"]["native"]["models"] == {"dino": "abc"}
+
+
 def test_the_native_protocol_has_no_totals() -> None:
     found = vbench.evaluation(
         native(subject_consistency=0.9),
@@ -451,6 +479,13 @@ def test_diversity_is_added(write: Callable[[Any], Path]) -> None:
     assert scores["metrics"]["diversity.vbench2"]["value"] is None
     assert scores["per_prompt"]["diversity.clip_distance"] == pytest.approx([0.1, 0.2, 0.3])
     assert scores["evaluator"]["diversity"]["samples"] == 60
+    del rows[1]
+    path = write(official_results())
+    with pytest.raises(UserError, match="the diversity suite is not whole: prompt 1 of diversity has 0 of 20 samples"):
+        scored(path, diversity=measured)
+    scores = scored(path, diversity=measured, allow_missing=True)
+    assert scores["evaluator"]["missing"] == ["prompt 1 of diversity has 0 of 20 samples"]
+    assert scores["per_prompt"]["diversity.clip_distance"] == [pytest.approx(0.1), None, pytest.approx(0.3)]
 
 
 def test_resamples_follow_from_the_seed(write: Callable[[Any], Path]) -> None:

@@ -5,10 +5,10 @@ Keys: `vbench.DIMENSION`, `vbench.quality`, `vbench.semantic` and `vbench.total`
 """
 
 import json
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,23 @@ _SELECTIVE = ("temporal_flickering", "color")  # leave out videos that move, or 
 _SCALE = {"imaging_quality": 100.0}  # of the values of single videos; those of the others are fractions
 _SLACK = 1e-3  # cosines in float16 exceed 1
 # prompt-3.mp4; VBench-Long cuts it into prompt-3_000.mp4 or prompt-3-Scene-1_000.mp4
-_VIDEO = re.compile(r"(?P<name>.+?)-(?P<index>\d+)(-Scene-\d+)?(_(\d+|full))?\.\w+", re.ASCII | re.DOTALL)
+_HEADER: dict[str, tuple[Callable[[Any], bool], str]] = {  # what a value must be, and its name
+    "device": (lambda value: isinstance(value, str), "a text"),
+    "versions": (lambda value: isinstance(value, dict), "an object"),
+    "missing": (
+        lambda value: isinstance(value, list) and all(isinstance(one, str) for one in value),
+        "a list of texts",
+    ),
+    "failed": (lambda value: isinstance(value, dict), "an object"),
+    "static": (
+        lambda value: (
+            isinstance(value, dict)
+            and all(isinstance(kept, list) and all(type(one) is int for one in kept) for kept in value.values())
+        ),
+        "an object of lists of whole numbers",
+    ),
+}
+_VIDEO = re.compile(r"(?P<name>.+?)-(?P<index>\d{1,9})(-Scene-\d+)?(_(\d+|full))?\.\w+", re.ASCII | re.DOTALL)
 
 Videos = dict[str, dict[int, float]]  # values by name of the prompt and number of the sample
 
@@ -77,7 +93,7 @@ def aggregate(raw: Mapping[str, float], allow_missing: bool = False) -> dict[str
     if unknown:
         raise UserError(f"VBench has no dimension {', '.join(unknown)}; it has {', '.join(DIMENSIONS)}")
     for name, value in raw.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float, np.floating)) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, Real) or not abs(value) <= 1 + _SLACK:
             raise UserError(f"VBench's {name} is {value!r}; expected a number, a fraction such as 0.83")
     lacking = [name for name in DIMENSIONS if name not in raw]
     if lacking and not allow_missing:
@@ -121,7 +137,7 @@ class Official:
         kept = self.about.get("static", {}).get(name) if dimension == "temporal_flickering" else None
         if kept is not None and index >= len(kept):
             raise UserError(f"{self.path} has video {index} of {name!r}, but {len(kept)} passed the filter of flicker")
-        return index if kept is None else int(kept[index])
+        return index if kept is None else kept[index]
 
 
 def parse_video(path: Any, where: Path) -> tuple[str, int]:
@@ -164,7 +180,7 @@ def read_official(path: str | Path, protocol: str) -> Official:
         if not entry[-1]:
             raise UserError(f"{where}: there is a score but no video; run VBench's code again")
         scores[dimension] = _fraction(entry[0], where, 1.0)
-        videos[dimension] = _by_video(entry[-1], dimension, path)
+        videos[dimension] = _by_video(entry[-1], dimension, path, protocol)
     return Official(path, scores, videos, about)
 
 
@@ -180,25 +196,31 @@ def _check_header(about: Mapping[str, Any], path: Path, protocol: str) -> None:
         raise UserError(
             f"{path} was made by {about.get('gpus')} processes, which gives other scores; run VBench's code in one"
         )
+    for key, (fits, wanted) in _HEADER.items():
+        if key in about and not fits(about[key]):
+            raise UserError(f"{path}: key {key!r} must be {wanted}; run VBench's code again")
 
 
 def _fraction(value: Any, where: str, scale: float) -> float:
     """A number of the results as a fraction; cosines may be below 0."""
-    if isinstance(value, (bool, int, float)) and math.isfinite(value) and abs(value) <= scale * (1 + _SLACK):
+    if isinstance(value, bool | int | float) and abs(value) <= scale * (1 + _SLACK):
         return float(value) / scale
     raise UserError(f"{where}: {value!r} is no fraction such as 0.83; the file is damaged or of another version")
 
 
-def _by_video(entries: Sequence[Any], dimension: str, path: Path) -> Videos:
-    """Values of videos: the mean over its parts, where VBench-Long cut one."""
+def _by_video(entries: Sequence[Any], dimension: str, path: Path, protocol: str) -> Videos:
+    """Values of videos: the mean over its parts, where VBench-Long cut one. VBench judges each video once."""
     parts: dict[str, dict[int, list[float]]] = {}
     for entry in entries:
         if not isinstance(entry, dict) or "video_path" not in entry or "video_results" not in entry:
             raise UserError(f"{path}, {dimension}: expected video_path and video_results of each video, got {entry!r}")
         name, index = parse_video(entry["video_path"], path)
         value = _fraction(entry["video_results"], f"{path}, {dimension} of {name}-{index}", _SCALE.get(dimension, 1.0))
-        parts.setdefault(name, {}).setdefault(index, []).append(value)
-    return {name: {index: float(np.mean(values)) for index, values in found.items()} for name, found in parts.items()}
+        found = parts.setdefault(name, {}).setdefault(index, [])
+        if found and protocol == "vbench":
+            raise UserError(f"{path}, {dimension}: the video {name}-{index} is there twice; run VBench's code again")
+        found.append(value)
+    return {name: {index: float(np.mean(values)) for index, values in own.items()} for name, own in parts.items()}
 
 
 # --- Scores --------------------------------------------------------------------------------------------------------
@@ -258,7 +280,7 @@ def evaluation(
     for name in [name for name in DIMENSIONS if name in ours]:
         table.add(f"vbench_native.{name}", _means(prompts, ours[name]), None, "same_formula")
     if diversity is not None:
-        for key, values in features.columns(diversity).items():
+        for key, values in features.columns(diversity, allow_missing).items():
             table.columns[key] = values
             table.metrics[key] = metric(key, values, [], "same_formula", resamples=resamples, seed=seed)
 
@@ -285,15 +307,11 @@ def evaluation(
         evaluator["videos"] = {name: sum(map(len, found.values())) for name, found in theirs.videos.items()}
         if native is not None:
             evaluator["native"] = by
-            evaluator["native_minus_official"] = differences(ours, theirs)
+            if protocol == "vbench":  # VBench-Long looks at parts of videos, and its filter leaves no names
+                evaluator["native_minus_official"] = differences(ours, theirs)
     if diversity is not None:
-        made = diversity.header.get("sampling")
-        evaluator["diversity"] = {
-            "by": diversity.header["by"],
-            "sampling": made,
-            "prompts_sha256": (made or {}).get("prompts_sha256"),
-            "samples": sum(row["samples"] for row in diversity.rows),
-        }
+        evaluator["missing"] += features.lacking(diversity)
+        evaluator["diversity"] = features.block(diversity)
     results = _results(prompts, ours, theirs)
     scores = {
         "model": model,
@@ -388,8 +406,7 @@ def _native_videos(native: Measured | None) -> dict[str, Videos]:
     for row in [] if native is None else native.rows:
         number = int(Path(row["filename"]).stem)
         for dimension, value in row["values"].items():
-            if value is not None:
-                found.setdefault(dimension, {}).setdefault(row["name"], {})[number] = value
+            found.setdefault(dimension, {}).setdefault(row["name"], {})[number] = value
     return found
 
 
@@ -462,9 +479,14 @@ def _missing(
 
 
 def differences(ours: Mapping[str, Videos], theirs: Official) -> dict[str, float]:
-    """Mean over the videos that both measured of native minus official, by dimension."""
+    """Mean over the videos that both measured of native minus official, by dimension.
+
+    Flicker is left out where nothing says which samples passed the official filter, for it gives them new numbers.
+    """
     found: dict[str, float] = {}
     for dimension in [name for name in DIMENSIONS if name in ours and name in theirs.videos]:
+        if dimension == "temporal_flickering" and not theirs.about.get("static"):
+            continue
         pairs = [
             (ours[dimension].get(name, {}).get(theirs.sample(dimension, name, index)), value)
             for name, values in theirs.videos[dimension].items()
