@@ -11,6 +11,7 @@ import cv2
 import matplotlib
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from matplotlib.text import Text
 from PIL import Image
 
@@ -27,6 +28,7 @@ from rcm.report.figures import (
     figure_training,
     sample_runs,
 )
+from rcm.report.look import color_of, strokes
 from rcm.report.scores import Run
 
 
@@ -292,7 +294,7 @@ def test_steps_names_the_teacher_the_evaluator_and_what_the_paper_printed(
     students: list[Path], words: list[str]
 ) -> None:
     png = figure_steps(students, PUBLISHED / "table1.csv")
-    assert {"GenEval (mmdet) overall", "CLIP distance", "DINO distance", "VBench-2.0", "Teacher, 35 steps"} <= {*words}
+    assert {"GenEval (mmdet)\noverall", "CLIP distance", "VBench-2.0 diversity", "Teacher, 35 steps"} <= {*words}
     assert {"As printed in the paper", "GenEval overall", "35×2\nteacher", "0.6B", "2B", "14B"} <= {*words}
     assert figure_steps(students[::-1], PUBLISHED / "table1.csv") == png
     assert {0xCC79A7, 0x009E73} <= colours(png)
@@ -356,11 +358,22 @@ def sweep(tmp_path: Path) -> list[Path]:
 def test_lambda_is_drawn_on_what_training_noted(sweep: list[Path], words: list[str]) -> None:
     png = figure_lambda(sweep, PUBLISHED / "figure7.csv")
     assert {"0\npure\nsCM", "0.1×\n0.735", "1×\n7.35", "10×\n73.5"} <= {*words}
-    assert {"As printed in the paper", "VBench total, %", "0.001", "GenEval (mmdet) overall"} <= {*words}
+    assert {"As printed in the paper", "VBench total, %", "0.001", "GenEval (mmdet)\noverall"} <= {*words}
     assert figure_lambda(sweep[::-1], PUBLISHED / "figure7.csv") == png
     words.clear()
     figure_lambda(sweep)
     assert "VBench total, %" not in words
+
+
+def test_lambda_has_a_panel_a_measure_with_the_teacher_across(
+    sweep: list[Path], tmp_path: Path, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spans: list[float] = []
+    monkeypatch.setattr(Axes, "axhspan", lambda _, low, high, **__: spans.append(high - low))
+    png = figure_lambda([*sweep, stored(tmp_path, "teacher", 35, 0.9)])
+    assert spans == pytest.approx([0.04] * 4)  # quality, CLIP, DINO and VBench-2.0
+    assert {"CLIP distance", "DINO distance", "VBench-2.0 diversity", "Teacher, 35 steps", "sCM", "rCM"} <= {*words}
+    assert {0x0072B2, 0x009E73} <= colours(png) and not {0xD55E00, 0xCC79A7} & colours(png)  # sCM, rCM; DMD, DMD2
 
 
 def test_lambda_says_what_is_missing(sweep: list[Path], tmp_path: Path) -> None:
@@ -389,6 +402,12 @@ def test_rollouts_print_paired_differences(tmp_path: Path, words: list[str]) -> 
     assert {"Random rollout times", "Fixed rollout times", "CLIP distance"} <= {*words}
 
 
+def test_no_difference_of_rollouts_has_no_sign(tmp_path: Path, words: list[str]) -> None:
+    values = {"rcm-0": 0.8 - 1e-7, "rcm-fixed-rollout-0": 0.8}
+    figure_rollout([stored(tmp_path, model, 4, value) for model, value in values.items()])
+    assert "4\n0.0000\n[0.0000, 0.0000]" in words
+
+
 def test_rollouts_without_values_by_prompt_are_not_paired(tmp_path: Path, words: list[str]) -> None:
     paths = [stored(tmp_path, model, 4, value) for model, value in (("rcm-0", 0.8), ("rcm-fixed-rollout-0", 0.7))]
     for path in paths:
@@ -410,5 +429,56 @@ def test_rollouts_are_compared_at_equal_updates(tmp_path: Path) -> None:
 def test_quality_and_diversity_leaves_variants_out_and_names_the_measure(sweep: list[Path], words: list[str]) -> None:
     read = [json.loads(path.read_text()) for path in sweep if path.suffix == ".json"]
     png = figure_quality_diversity(read)
-    assert "GenEval (mmdet) overall" in words and "rCM, 10 λ" not in words
+    assert "GenEval (mmdet)\noverall" in words and "rCM (10 λ)" not in words
     assert png == figure_quality_diversity([score for score in read if "lambda" not in score["model"]])
+
+
+def test_quality_and_diversity_take_seeds_together(tmp_path: Path, words: list[str], points: list[Any]) -> None:
+    paths = [stored(tmp_path, f"rcm-{seed}", 4, 0.7 + 0.1 * seed) for seed in (0, 1)]
+    read = [json.loads(path.read_text()) for path in [*paths, stored(tmp_path, "rcm-0", 1, 0.6)]]
+    figure_quality_diversity(read)
+    means = [np.mean([score["metrics"]["geneval.overall"]["value"] for score in some]) for some in (read[2:], read[:2])]
+    assert [(y, size) for _, y, size in points[:2]] == [(pytest.approx(means[0]), 3.2), (pytest.approx(means[1]), 6.4)]
+    assert len(points) == 2 * len(MEASURES)
+    assert {"1 step", "4 steps"} <= {*words} and not {"1", "4"} & {*words}
+
+
+@pytest.fixture
+def points(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Place and size of every point with intervals that is drawn."""
+    found: list[Any] = []
+    draw = Axes.errorbar
+
+    def noting(self: Axes, x: Any, y: Any, **options: Any) -> Any:
+        found.append((x, y, options["markersize"]))
+        return draw(self, x, y, **options)
+
+    monkeypatch.setattr(Axes, "errorbar", noting)
+    return found
+
+
+def test_variants_have_the_colour_of_their_method_and_a_line_of_their_own(metrics: list[Path], tmp_path: Path) -> None:
+    names = ["dmd", "dmd-random-rollout", "rcm-lambda-0.1", "rcm", "rcm-lambda-10", "rcm-lambda-100"]
+    names.append("rcm-fixed-rollout")
+    lines = strokes(names)
+    assert lines["dmd"] == lines["rcm"] == "-"
+    assert len({str(lines[name]) for name in names if name.startswith("rcm")}) == 5
+    assert color_of("rcm-lambda-10") == color_of("rcm") and color_of("dmd-random-rollout") == color_of("dmd")
+    (rcm,) = (path for path in metrics if path.parent.name == "rcm-0")
+    variant = tmp_path / "rcm-lambda-10-0" / "metrics.jsonl"
+    variant.parent.mkdir()
+    shutil.copy(rcm, variant)
+    assert figure_training([variant]) != figure_training([rcm])
+    assert 0x009E73 in colours(figure_training([variant]))
+
+
+def test_files_that_are_no_scores_or_metrics_are_named(sweep: list[Path], tmp_path: Path) -> None:
+    broken = tmp_path / "rcm-0-4.json"
+    broken.write_text('{"model": "rcm-0", "steps": 4}')
+    with pytest.raises(UserError, match=r"rcm-0-4\.json holds no score"):
+        figure_steps([broken])
+    path = next(path for path in sweep if path.suffix == ".jsonl")
+    path.write_text("[1, 2]\n")
+    for draw in (figure_lambda, figure_rollout, figure_training):
+        with pytest.raises(UserError, match=r"line 1 of the metrics .*metrics\.jsonl is no JSON object"):
+            draw([path] if draw is figure_training else [other for other in sweep if other != broken])

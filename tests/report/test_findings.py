@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rcm.artefact import UserError
 from rcm.report.findings import CONTRADICTED, NOT_SHOWN, SHOWN, Finding, findings
 
 N = 60
@@ -49,7 +48,7 @@ def test_rcm_beside_both_baselines(ask: Ask) -> None:
     scores = [made(model, 4, value + WAVE / 10, diversity__vendi=value) for model, value in values.items()]
     assert ask("as good as DMD or", *scores).verdict == SHOWN
     assert ask("as good as DMD2 or", *scores).verdict == CONTRADICTED
-    assert "rCM − DMD2 in ShapeEval overall is -0.080" in ask("as good as DMD2 or", *scores).sentence
+    assert "rCM − DMD2 in ShapeEval overall is −0.080" in ask("as good as DMD2 or", *scores).sentence
     assert ask("more diverse than DMD.", *scores).verdict == SHOWN
     assert ask("more diverse than DMD2.", *scores).verdict == CONTRADICTED
     assert not [f for f in findings(scores[:2]) if "DMD2" in f.claim]  # nothing is said of what was not trained
@@ -71,7 +70,7 @@ def test_rcm_beside_dmd(ask: Ask, rcm: Any, verdict: str) -> None:
 def test_rcm_below_dmd_beyond_the_interval(ask: Ask) -> None:
     finding = ask("as good as DMD", made("rcm-0", 4, 0.6 + WAVE / 10), made("dmd-0", 4, 0.70))
     assert finding.verdict == CONTRADICTED
-    assert "-0.1" in finding.sentence
+    assert "is −0.099" in finding.sentence
 
 
 @pytest.mark.parametrize(("rcm", "verdict"), [(5, SHOWN), (3 + 0.01 * WAVE, NOT_SHOWN), (2, CONTRADICTED)])
@@ -171,7 +170,7 @@ def test_geneval_asks_for_a_larger_share_and_for_no_gain_by_steps(ask: Ask) -> N
 def test_totals_without_values_by_prompt_get_unpaired_intervals(ask: Ask) -> None:
     finding = ask("as good as DMD2", vbench("rcm-0", 4, 0.8443), vbench("dmd2-0", 4, 0.8456))
     assert finding.verdict == NOT_SHOWN
-    assert "VBench total is -0.0013 [-0.0070, +0.0044]" in finding.sentence.replace("−", "-")  # 0.004 √2 to both sides
+    assert "VBench total is −0.0013 [−0.0070, +0.0044]" in finding.sentence  # 0.004 √2 to both sides
     assert "not paired" in finding.sentence
     far = ask("as good as DMD2", vbench("rcm-0", 4, 0.84), vbench("dmd2-0", 4, 0.82))
     assert far.verdict == SHOWN
@@ -191,23 +190,43 @@ def test_totals_without_any_interval_show_nothing(ask: Ask) -> None:
 
 
 @pytest.mark.parametrize(
-    ("clip", "dino", "verdict"), [(0.2, 0.3, SHOWN), (0.2, 0.1, NOT_SHOWN), (0.1, 0.1, CONTRADICTED)]
+    ("clip", "dino", "vbench2", "verdict"),
+    [(0.2, 0.3, 0.5, SHOWN), (0.2, 0.1, 0.5, NOT_SHOWN), (0.2, 0.3, 0.3, NOT_SHOWN), (0.1, 0.1, 0.3, CONTRADICTED)],
 )
-def test_distances_decide_on_diversity_together(ask: Ask, clip: float, dino: float, verdict: str) -> None:
+def test_measures_decide_on_diversity_together(
+    ask: Ask, clip: float, dino: float, vbench2: float, verdict: str
+) -> None:
     names = ("diversity__clip_distance", "diversity__dino_distance", "diversity__vbench2")
-    rcm = geneval("rcm-0", 4, 0.8, **dict(zip(names, (clip, dino, 0.5), strict=True)))
+    rcm = geneval("rcm-0", 4, 0.8, **dict(zip(names, (clip, dino, vbench2), strict=True)))
     dmd2 = geneval("dmd2-0", 4, 0.8, **dict(zip(names, (0.15, 0.2, 0.4), strict=True)))
     finding = ask("more diverse than DMD2", rcm, dmd2)
     assert finding.verdict == verdict
-    assert "VBench-2.0 +0.100" in finding.sentence
+    assert f"VBench-2.0 diversity {'+' if vbench2 > 0.4 else '−'}0.100" in finding.sentence
 
 
-def test_scores_of_two_evaluators_are_not_compared() -> None:
-    one, other = geneval("rcm-0", 4, 0.8), geneval("dmd2-0", 4, 0.8)
-    one["evaluator"] = {"name": "GenEval (mmdet)", "version": "1"}
-    other["evaluator"] = {"name": "GenEval (HF Mask2Former)", "version": "1"}
-    with pytest.raises(UserError, match=r"HF Mask2Former.*mmdet"):
-        findings([one, other])
+def of_two_evaluators(*scores: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each score as two evaluators give it."""
+    names = ("GenEval (HF Mask2Former)", "GenEval (mmdet)")
+    return [{**score, "evaluator": {"name": name, "version": "1"}} for name in names for score in scores]
+
+
+def test_scores_of_two_evaluators_are_looked_at_apart() -> None:
+    one, other = of_two_evaluators(geneval("rcm-0", 4, 0.8))[0], of_two_evaluators(geneval("dmd2-0", 4, 0.8))[1]
+    said = [finding.sentence for finding in findings([one, other]) if "as good as DMD2" in finding.claim]
+    assert said == ["There are no scores of rCM and DMD2 with four steps, so nothing can be said."]
+
+
+def test_findings_say_by_which_evaluator() -> None:
+    found = findings(of_two_evaluators(geneval("rcm-0", 4, 0.8), geneval("dmd2-0", 4, 0.8)))
+    said = [finding.sentence for finding in found if "as good as DMD2" in finding.claim]
+    assert [" in GenEval (HF Mask2Former) overall is " in said[0], " in GenEval (mmdet) overall is " in said[1]] == [
+        *(True, True)
+    ]
+
+
+def test_no_difference_has_no_sign(ask: Ask) -> None:
+    finding = ask("as good as DMD2", geneval("rcm-0", 4, 0.8 - 1e-6), geneval("dmd2-0", 4, 0.8))
+    assert "is 0.0000 [0.0000, 0.0000]" in finding.sentence
 
 
 # --- Ablations -----------------------------------------------------------------------------------------------------
@@ -226,9 +245,9 @@ def test_ablations_are_found_only_where_there_are_some() -> None:
     ("small", "large", "verdict", "words"),
     [
         (0.6, 0.8 + WAVE / 20, SHOWN, "0.1 λ +0.200 [+0.200, +0.200] (shown)"),
-        (0.8, 0.8 + WAVE / 20, NOT_SHOWN, "0.1 λ +0.0000 [+0.0000, +0.0000] (not shown)"),
-        (0.6, 0.82, NOT_SHOWN, "10 λ -0.020 [-0.020, -0.020] (contradicted)"),  # more of it is better
-        (0.9, 0.82, CONTRADICTED, "0.1 λ -0.100 [-0.100, -0.100] (contradicted)"),
+        (0.8, 0.8 + WAVE / 20, NOT_SHOWN, "0.1 λ 0.0000 [0.0000, 0.0000] (not shown)"),
+        (0.6, 0.82, NOT_SHOWN, "10 λ −0.020 [−0.020, −0.020] (contradicted)"),  # more of it is better
+        (0.9, 0.82, CONTRADICTED, "0.1 λ −0.100 [−0.100, −0.100] (contradicted)"),
     ],
 )
 def test_quality_over_lambda(ask: Ask, small: Any, large: Any, verdict: str, words: str) -> None:
@@ -256,4 +275,4 @@ def test_rollouts(ask: Ask) -> None:
     rcm, dmd = ask("For rCM, random", *scores), ask("For DMD, fixed", *scores)
     assert (rcm.verdict, dmd.verdict) == (SHOWN, CONTRADICTED)
     assert "random − fixed in ShapeEval overall with four steps is +0.100" in rcm.sentence
-    assert "fixed − random in ShapeEval overall with four steps is -0.100" in dmd.sentence
+    assert "fixed − random in ShapeEval overall with four steps is −0.100" in dmd.sentence
