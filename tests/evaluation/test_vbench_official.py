@@ -152,7 +152,7 @@ def test_results_are_what_the_code_says_and_are_read_back(run: Callable[..., Any
     found = run("color", "subject_consistency")
     assert found["results"]["color"][0] == pytest.approx(0.55)
     assert found["results"]["subject_consistency"][0] == pytest.approx(0.5 + 14 / 40)
-    assert (found["official"], found["version"], found["gpus"], found["device"]) == ("vbench", "1", 1, "cpu")
+    assert (found["official"], found["version"], found["gpus"], found["device"]) == ("vbench", "1", 1, "CPU")
     assert (found["missing"], found["failed"]) == ([], {})
     assert "torch" in found["versions"]
     read = vbench.read_official(tmp_path / "out.json", "vbench")

@@ -188,11 +188,11 @@ def versions() -> dict[str, str]:
 
 
 def device_name(device: str) -> str:
-    """The card's name, or the device as it is called."""
+    """The card's name, or CPU."""
     import torch
 
     if not device.startswith("cuda"):
-        return device
+        return "CPU"
     if not torch.cuda.is_available():
         raise Refused("no GPU is visible; run on a machine with one, or give --device cpu")
     return str(torch.cuda.get_device_name(torch.device(device)))
