@@ -32,9 +32,21 @@ def test_missing_values_are_left_out() -> None:
     assert (found.value, found.count) == (2.0, 2)
     assert interval([None, None]) is None
     assert interval([]) is None
+    assert interval([1.0, None], ["a", "b"]) is None  # the mean of all strata is not known
+    assert interval([1.0, None, 0.0], ["a", "b", "b"]) is not None
     constant = interval([0.5] * 7)
     assert constant is not None
     assert constant.value == constant.low == constant.high == 0.5
+
+
+def test_the_interval_is_of_the_resamples_alone() -> None:
+    """Percentiles of two numbers lie a fortieth of their distance inside them; the mean itself is neither."""
+    values = np.arange(10.0)
+    counts = np.random.default_rng(5).multinomial(10, np.full(10, 0.1), size=2)
+    low, high = sorted(counts @ values / 10)
+    found = interval(values, resamples=2, seed=5)
+    assert found is not None
+    assert (found.low, found.high) == pytest.approx((low + (high - low) / 40, high - (high - low) / 40))
 
 
 def test_pairs_are_compared_prompt_by_prompt_and_repeatably() -> None:

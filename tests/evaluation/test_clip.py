@@ -88,6 +88,36 @@ def test_without_antialiasing_is_pytorchs_bicubic_in_whole_levels() -> None:
     assert (sharp - smooth).abs().max() > 0.05
 
 
+@pytest.mark.parametrize(("height", "width"), [(1, 99), (80, 4), (9, 120)])
+@pytest.mark.parametrize("antialias", [False, True])
+def test_a_thin_cutout_is_prepared_without_what_the_centre_does_not_show(
+    height: int, width: int, antialias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = pictures(1, height, width)
+    small = min(height, width)
+    whole = torch.nn.functional.interpolate(
+        torch.as_tensor(images).permute(0, 3, 1, 2).float(),
+        (SIZE * height // small, SIZE * width // small),
+        mode="bicubic",
+        antialias=antialias,
+    )
+    top, left = ((side - SIZE) // 2 for side in whole.shape[2:])
+    expected = whole[:, :, top : top + SIZE, left : left + SIZE].clamp(0, 255)
+    sizes = []
+    plain = torch.nn.functional.interpolate
+
+    def watched(images: torch.Tensor, to: tuple[int, int], **options: object) -> torch.Tensor:
+        sizes.append(to)
+        return plain(images, to, **options)
+
+    monkeypatch.setattr("rcm.evaluation.clip.F.interpolate", watched)
+    levels = (preprocessed(images, SIZE, antialias=antialias) * torch.tensor(STD)[:, None, None] * 255) + (
+        torch.tensor(MEAN)[:, None, None] * 255
+    )
+    assert (levels - expected).abs().max() < 0.501
+    assert max(sizes[0]) < max(whole.shape)
+
+
 @pytest.mark.parametrize("side", [255, 257, 259])
 def test_the_centre_is_cut_out_where_torchvision_does(side: int) -> None:
     columns = np.broadcast_to(np.arange(side, dtype=np.uint16)[None, None, :, None] % 256, (1, 224, side, 3))

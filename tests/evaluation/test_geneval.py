@@ -1,5 +1,6 @@
 """GenEval's decision: relations, reasons and the summary; test_geneval_cases.py has the decisions themselves."""
 
+import numpy as np
 import pytest
 
 from rcm.data import prompts
@@ -61,3 +62,13 @@ def test_overall_is_the_mean_of_the_tasks() -> None:
     tags = ["single_object"] * 4 + ["counting"]
     scores = summarise(tags, [True, True, True, False, False])
     assert scores == {"single_object": 0.75, "counting": 0.0, "overall": 0.375}
+    for wrong, said in ((["texture"], "texture"), ([], "none")):
+        with pytest.raises(ValueError, match=rf"expected tags among single_object, .*; got {said}"):
+            summarise(wrong, [True] * len(wrong))
+
+
+def test_detections_compare_and_captions_may_leave_keys_out() -> None:
+    masks = [np.zeros((2, 2), bool), np.ones((2, 2), bool)]
+    one, other = (Detection("dog", (0, 0, 2, 2), 0.9, mask) for mask in masks)
+    assert one == other and len({one, other, _at("dog")}) == 2
+    assert judge({"include": [{"class": "dog", "count": 1}], "exclude": None}, [one], _red) == (True, "")

@@ -199,6 +199,37 @@ def test_another_number_of_classes_is_refused(tmp_path: Path) -> None:
         Mask2Former(write_detector(tmp_path, labels=133))
 
 
+def test_names_of_classes_must_stand_in_cocos_order(tmp_path: Path) -> None:
+    folder = write_detector(tmp_path)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+
+    def named(labels: list[str]) -> Path:
+        ids = {"id2label": dict(enumerate(labels)), "label2id": {label: k for k, label in enumerate(labels)}}
+        path.write_text(json.dumps(config | ids))
+        return folder
+
+    names = [name.removeprefix("computer ") for name in COCO.classes]  # the labels of the Hub spell some otherwise
+    names[57] = "sofa"
+    Mask2Former(named(names))
+    names[15], names[16] = "dog", "cat"
+    with pytest.raises(UserError, match=r"calls class 15 'dog', which is COCO's 'cat'; expected .* COCO's order"):
+        Mask2Former(named(names))
+
+
+def test_cudnn_stays_switched_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    detector, seen = Mask2Former(write_detector(tmp_path)), []
+    whole = detector.model
+
+    def watched(**given: torch.Tensor) -> object:
+        seen.append((torch.backends.cudnn.enabled, torch.backends.cudnn.allow_tf32))
+        return whole(**given)
+
+    monkeypatch.setattr(detector, "model", watched)
+    detector.detect(np.zeros((8, 40, 3), np.uint8))
+    assert seen == [(True, False)]
+
+
 class Fixed:
     """A detector with one answer."""
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from rcm.artefact import UserError
 from rcm.cli.pictures import encode, png
@@ -118,6 +119,32 @@ def test_broken_samples_are_named(tmp_path: Path, film: bytes) -> None:
         read_frames(tmp_path / "nothing.png")
 
 
+def test_damage_inside_a_film_is_noticed_though_all_frames_come(tmp_path: Path) -> None:
+    """Some bytes of a frame in the middle are other ones: without strictness ffmpeg makes the rest up."""
+    import imageio_ffmpeg
+
+    content = bytearray(encode(FRAMES.repeat(4, axis=0), ".mp4"))
+    begin = content.index(b"mdat") + 4
+    place = begin + (content.index(b"moov") - begin) // 2 if content.index(b"moov") > begin else len(content) // 2
+    content[place : place + 40] = bytes(reversed(range(40)))
+    (tmp_path / "x.mp4").write_bytes(bytes(content))
+    loose = imageio_ffmpeg.read_frames(str(tmp_path / "x.mp4"), output_params=["-fps_mode", "passthrough"])
+    next(loose)
+    assert len(list(loose)) == 36
+    with pytest.raises(UserError, match=r"cannot read the sample .*x.mp4"):
+        read_frames(tmp_path / "x.mp4", 36)
+
+
+def test_pictures_of_other_depth_or_without_end_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.fromarray(np.full((4, 4), 40_000, np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(UserError, match=r"deep.png: its pixels are I;16; expected 8 bits a channel"):
+        read_frames(tmp_path / "deep.png")
+    (tmp_path / "bomb.png").write_bytes(png(FRAMES[:1]))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(UserError, match=r"cannot read the sample .*bomb.png: Image size \(3072 pixels\) exceeds limit"):
+        read_frames(tmp_path / "bomb.png")
+
+
 @pytest.mark.parametrize("suffix", [".png", ".mp4"])
 def test_another_number_of_frames_is_refused(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"x{suffix}"
@@ -146,11 +173,29 @@ def test_missing_samples_are_counted() -> None:
 
 
 def test_without_a_suite_all_prompts_have_the_same_number() -> None:
-    found = ["00001/samples/0000.mp4", "00001/samples/0001.mp4", "00007/samples/0001.mp4"]
-    assert missing(None, found, True) == ["00007/samples/0000.mp4"]
-    with pytest.raises(UserError, match=r"1 of 4 samples are missing, the first 00007/samples/0000.mp4"):
+    found = ["00000/samples/0000.mp4", "00000/samples/0001.mp4", "00001/samples/0001.mp4"]
+    assert missing(None, found, True) == ["00001/samples/0000.mp4"]
+    with pytest.raises(UserError, match=r"1 of 4 samples are missing, the first 00001/samples/0000.mp4"):
         missing(None, found)
-    assert missing(None, found[:2]) == []
+    assert missing(None, found[:2]) == missing(None, []) == []
+    whole = [name.replace("00001", "00002") for name in (*found, "00001/samples/0000.mp4")]
+    with pytest.raises(UserError, match=r"2 of 6 samples are missing, the first 00001/samples/0000.mp4"):
+        missing(None, whole)  # a prompt between others has none
+
+
+def test_samples_that_the_suite_does_not_have_are_refused() -> None:
+    expected = Expected([prompts.single_object("dog")], 1)
+    with pytest.raises(UserError, match=r"00000/samples/0004.png is one too many: of this prompt the suite has 1"):
+        missing(expected, ["00000/samples/0001.png", "00000/samples/0004.png"], True)
+
+
+def test_numbers_of_thousands_of_digits_are_no_names(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is no name of a sample"):
+        missing(None, [f"{'1' * 5000}/samples/0000.png"])
+    _folder(tmp_path, 0, {"prompt": "a dog", "seed": 1}, {"0000.png": b""})
+    (tmp_path / "00000/metadata.jsonl").write_text(f'{{"prompt": "a dog", "seed": {"1" * 5000}}}')
+    with pytest.raises(UserError, match=r"00000/metadata.jsonl, line 1: not JSON \(Exceeds"):
+        list_samples([tmp_path])
 
 
 def test_samples_must_be_of_the_given_prompts() -> None:

@@ -2,6 +2,8 @@
 
 import functools
 import sys
+import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,23 @@ def test_what_is_compared() -> None:
 )
 def test_error_rate_by_hand(wanted: str, lines: list[str], rate: float) -> None:
     assert error_rate(wanted, lines) == pytest.approx(rate)
+
+
+def test_much_writing_is_compared_soon() -> None:
+    """A page of 300 lines has 45,000 runs; but for the shortest, none can be the nearest."""
+    start = time.perf_counter()
+    assert error_rate("OPEN LATE", [*["the quick brown fox jumps over the lazy dog"] * 299, "open late"]) == 0
+    assert time.perf_counter() - start < 10
+
+
+def test_the_reader_is_given_blue_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[np.ndarray] = []
+    nothing = types.SimpleNamespace(txts=None, boxes=None)
+    monkeypatch.setattr(small_text, "_reader", lambda: lambda image: seen.append(image) or nothing)
+    image = np.zeros((2, 3, 3), np.uint8)
+    image[..., 0] = 200  # red
+    assert read(image) == []
+    assert seen[0][..., 2].min() == 200 and not seen[0][..., :2].any()
 
 
 def test_reading_order() -> None:
@@ -196,6 +215,11 @@ def test_missing_samples_are_refused_unless_allowed(tmp_path: Path) -> None:
         f"0000{name}.png" for name in ("1/samples/0000", "1/samples/0001", "2/samples/0000")
     ]
     assert found["metrics"]["text.cer"]["value"] == 0.5
+    assert found["per_prompt"]["text.cer"] == [0.0, None, 1.0]  # prompts keep their places
+    assert (found["n_prompts"], found["metrics"]["text.exact"]["n_prompts"]) == (2, 2)
+    for few in (rows[:2] + [row(1, 0, 0.0)], rows[:1] + [row(2, 0, 1.0)]):
+        with pytest.raises(UserError, match=r"1 of [34] samples are missing, the first 00001/"):
+            scored(few, tmp_path)
     with pytest.raises(UserError, match="holds no samples"):
         evaluation(Measured(HEADER, []), model="rcm-0", steps=4, media="images")
 

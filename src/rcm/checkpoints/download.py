@@ -144,7 +144,10 @@ def _manifest(out: Path) -> dict[str, Any] | None:
         return None
     manifest = read_json(path)
     try:
-        known = {name: {"size": int(f["size"]), "sha256": str(f["sha256"])} for name, f in manifest["files"].items()}
+        known = {name: {"size": int(f["size"]), "sha256": f["sha256"]} for name, f in manifest["files"].items()}
+        for value in (manifest["source"], manifest["sha256"], *(f["sha256"] for f in known.values())):
+            if not isinstance(value, str):
+                raise TypeError(f"{value!r} is no text")
         return {"source": manifest["source"], "sha256": manifest["sha256"], "files": known}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged: remove it to download {out.name} again") from error

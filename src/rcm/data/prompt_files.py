@@ -44,6 +44,18 @@ def read_lines(path: Path) -> list[tuple[int, str]]:
         return list(_lines(_decoded(path)))
 
 
+def json_value(text: str) -> Any:
+    """The value of a JSON text. Raises ValueError for any other, NaN and infinities among them."""
+    try:
+        return json.loads(text, parse_constant=_refused)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _refused(constant: str) -> None:
+    raise ValueError(f"{constant} is no number of JSON")
+
+
 def file_name_fault(name: str) -> str | None:
     """Why a file cannot have this name, or None."""
     if "/" in name or "\0" in name:
@@ -92,8 +104,8 @@ def _text(text: str) -> Iterator[Line]:
 def _objects(text: str) -> Iterator[Line]:
     for number, line in _lines(text):
         try:
-            yield number, json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+            yield number, json_value(line)
+        except ValueError as error:
             raise _Mistake(number, f"not JSON ({error})") from None
 
 

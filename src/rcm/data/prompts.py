@@ -20,6 +20,7 @@ import numpy as np
 
 from rcm.artefact import UserError
 from rcm.data import world
+from rcm.data.prompt_files import json_value
 
 Metadata = dict[str, Any]
 
@@ -280,8 +281,8 @@ def parse_prompts(text: str, name: str = "prompts") -> list[Metadata]:
         if not line.strip():
             continue
         try:
-            item = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+            item = json_value(line)
+        except ValueError as error:
             raise UserError(f"{name}, line {number}: not JSON ({error})") from None
         fault = _fault(item)
         if fault:

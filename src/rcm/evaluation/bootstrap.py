@@ -26,7 +26,10 @@ class Estimate:
 def interval(
     values: Values, strata: Sequence[str] | None = None, *, resamples: int = 1000, seed: int = 0
 ) -> Estimate | None:
-    """Mean of the prompts' values and its percentile interval; None and NaN are left out. None if nothing is left."""
+    """Mean of the prompts' values and its percentile interval; None and NaN are left out.
+
+    None if nothing is left, or nothing of one of the strata.
+    """
     return compare(lambda mean: mean, [values], strata=strata, resamples=resamples, seed=seed)
 
 
@@ -41,15 +44,15 @@ def compare(
 
     A group holds the values by prompt of one model, once a training seed. Every resample draws prompts within their
     strata, the same for all groups, and seeds within each group. Prompts without a value in any are left out of all;
-    None if nothing is left or the statistic is not finite.
+    None if nothing is left, or nothing of one of the strata, or the statistic is not finite.
     """
     matrices = [np.array([[np.nan if x is None else x for x in row] for row in group], dtype=float) for group in groups]
     if len({matrix.shape[1] for matrix in matrices}) != 1:
         raise ValueError(f"paired values differ in number: {' and '.join(str(m.shape[1]) for m in matrices)}")
     valid = ~np.isnan(np.concatenate(matrices)).any(axis=0)
-    if not valid.any():
-        return None
     tags = np.zeros(len(valid), dtype=int) if strata is None else np.asarray(strata)
+    if not valid.any() or set(tags[valid]) != set(tags):
+        return None
     rng = np.random.default_rng(seed)
     names = np.unique(tags[valid])
     means = [np.zeros((1 + resamples, len(matrix))) for matrix in matrices]  # row 0: every prompt and seed once

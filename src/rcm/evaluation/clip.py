@@ -3,6 +3,7 @@
 Shapes: N images, H, W pixels, M texts, D features.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from rcm.evaluation.geneval import Detection
 from rcm.vision import MEAN, STD
 
 _BATCH = 32  # images, texts at a time
+_SUPPORT = 4  # pixels beside a place that a bicubic enlargement looks at, and to spare
 _TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
 _BACKGROUND = 0x99  # grey of what is not the object
 
@@ -32,16 +34,30 @@ def preprocessed(frames: np.ndarray | Tensor, size: int, *, antialias: bool = Tr
     images = torch.as_tensor(frames)
     if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != torch.uint8:
         raise ValueError(f"expected images uint8 (N, H, W, 3), got {images.dtype} {tuple(images.shape)}")
-    height, width = images.shape[1:3]
-    short = min(height, width)
-    resized = images.permute(0, 3, 1, 2).float()
+    sides = tuple(images.shape[1:3])
+    short = min(sides)
+    (y0, y1, rows, top), (x0, x1, columns, left) = (_under(side, int(size * side / short), size) for side in sides)
+    resized = images[:, y0:y1, x0:x1].permute(0, 3, 1, 2).float()
     if short != size:
-        to = (int(size * height / short), int(size * width / short))
-        resized = F.interpolate(resized, to, mode="bicubic", antialias=antialias, align_corners=False)
-        resized = resized.clamp(0, 255).round()
-    top, left = (round((side - size) / 2) for side in resized.shape[2:])
-    mean, std = (torch.tensor(values, device=resized.device)[:, None, None] for values in (MEAN, STD))
-    return (resized[:, :, top : top + size, left : left + size] / 255 - mean) / std
+        resized = F.interpolate(resized, (rows, columns), mode="bicubic", antialias=antialias, align_corners=False)
+    centre = resized[:, :, top : top + size, left : left + size].clamp(0, 255).round()
+    mean, std = (torch.tensor(values, device=centre.device)[:, None, None] for values in (MEAN, STD))
+    return (centre / 255 - mean) / std
+
+
+def _under(side: int, to: int, size: int) -> tuple[int, int, int, int]:
+    """Of an axis that goes from `side` to `to` pixels: what of it the middle `size` are made from, and where they lie.
+
+    First and last source pixel, the number that they become, and the first of the middle. Enlarged thin things would
+    take much memory as a whole. A cut is at multiples of a step after which both grids meet, so that nothing moves.
+    """
+    first = round((to - size) / 2)
+    if to <= side:  # a filter that is wider than a cut would help
+        return 0, side, to, first
+    step, meets = side // math.gcd(side, to), to // math.gcd(side, to)
+    before = max(0, (first * side // to - _SUPPORT) // step)
+    after = min(side // step, -((-(first + size) * side // to - _SUPPORT) // step))
+    return before * step, after * step, (after - before) * meets, first - before * meets
 
 
 class Clip:

@@ -5,7 +5,7 @@ limits are GenEval's. Tiny results are called ShapeEval: same protocol, other de
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -26,7 +26,7 @@ class Detection:
     cls: str
     box: Box
     score: float
-    mask: np.ndarray | None = None
+    mask: np.ndarray | None = field(default=None, compare=False, repr=False)
 
 
 Found = TypeVar("Found", bound=Detection)
@@ -63,7 +63,7 @@ def relations(a: Box, b: Box) -> set[str]:
 
 def kept(metadata: Mapping[str, Any], detections: Sequence[Found]) -> dict[str, list[Found]]:
     """Detections above the task's threshold by class, best first, at most `MAX_OBJECTS` of each."""
-    threshold = COUNTING_THRESHOLD if metadata["tag"] == "counting" else THRESHOLD
+    threshold = COUNTING_THRESHOLD if metadata.get("tag") == "counting" else THRESHOLD
     groups: dict[str, list[Found]] = {}
     for found in sorted(detections, key=lambda detection: -detection.score):
         group = groups.setdefault(found.cls, [])
@@ -83,7 +83,7 @@ def judge(
     seen_by_class = kept(metadata, detections)
     faults: list[str] = []
     groups: list[list[Found] | None] = []
-    for wanted in metadata.get("include", []):
+    for wanted in metadata.get("include") or []:
         name, count = wanted["class"], wanted["count"]
         found = seen_by_class.get(name, [])[:count]
         fault = None
@@ -108,7 +108,7 @@ def judge(
         if fault:
             faults.append(fault)
         groups.append(found if fault is None else None)
-    for unwanted in metadata.get("exclude", []):
+    for unwanted in metadata.get("exclude") or []:
         number = len(seen_by_class.get(unwanted["class"], []))
         if number >= unwanted["count"]:
             faults.append(f"expected {unwanted['class']} < {unwanted['count']}, found {number}")
@@ -116,7 +116,13 @@ def judge(
 
 
 def summarise(tags: Sequence[str], correct: Sequence[bool]) -> dict[str, float]:
-    """Share of correct images of each task, and `overall`, the unweighted mean of the tasks that occur."""
+    """Share of correct images of each task, and `overall`, the unweighted mean of the tasks that occur.
+
+    Raises ValueError for a tag that is none of GenEval's tasks, and where there are no images.
+    """
+    if not tags or not set(tags) <= set(TASKS):
+        strange = next((tag for tag in tags if tag not in TASKS), "none")
+        raise ValueError(f"expected tags among {', '.join(TASKS)}; got {strange}")
     shares = {
         task: float(np.mean([ok for tag, ok in zip(tags, correct, strict=True) if tag == task]))
         for task in TASKS

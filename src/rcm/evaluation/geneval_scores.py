@@ -17,14 +17,14 @@ from rcm.artefact import UserError
 from rcm.data.prompts import TASKS, Metadata, parse_prompts
 from rcm.evaluation.geneval import Detection, judge, kept
 from rcm.evaluation.measured import Measured, read_lines
-from rcm.evaluation.samples import Expected, check_prompt, missing
-from rcm.evaluation.scores import VERSION, Evaluation, by_prompt, metric, of_tasks, sha256_of
+from rcm.evaluation.samples import Expected, check_prompt, missing, numbers_of
+from rcm.evaluation.scores import VERSION, Evaluation, by_prompt, of_tasks, scored, sha256_of
 
 OFFICIAL = "GenEval (mmdet)"
 FORMAT = "1"  # of the first line that workflow/scripts/geneval_official.py puts before the results
 FILES = {"5c48e0813e812e3c373fa5c8ed07a8f0a483be30272b4427b0559c8048e67c13": "GenEval's 553"}  # prompt files by SHA-256
 _COLUMNS = ("filename", "tag", "prompt", "correct", "reason", "metadata", "details")  # of the original's results.jsonl
-_FILE = re.compile(r"(?:.*[/\\])?(\d+)[/\\]samples[/\\](\d+\.png)", re.ASCII | re.DOTALL)
+_FILE = re.compile(r"(?:.*[/\\])?(\d{1,9})[/\\]samples[/\\](\d{1,9}\.png)", re.ASCII | re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -70,17 +70,7 @@ def from_measured(
         resamples, seed: of the bootstrap over prompts.
     """
     judged = _judged(measured.rows)
-    by = measured.header["by"]
-    evaluator = {
-        "name": by["name"],
-        "models": by.get("models"),
-        "device": by.get("device"),
-        "versions": by.get("versions"),
-        "known": measured.header.get("known"),
-        "sampling": measured.header.get("sampling"),
-        "prompts_file": prompts_file,
-        "paper": paper,
-    }
+    evaluator = {**measured.evaluator, "prompts_file": prompts_file, "paper": paper}
     return _evaluation(
         judged,
         evaluator,
@@ -152,13 +142,13 @@ def _judged(rows: Iterable[Mapping[str, Any]]) -> list[_Judged]:
     captions: dict[int, Metadata] = {}
     found = []
     for row in rows:
-        where = str(row.get("filename"))
-        metadata = captions.setdefault(row["prompt"], row.get("metadata", {}))
-        if metadata is row.get("metadata"):
+        where = row["filename"]
+        metadata = captions.setdefault(row["prompt"], row["metadata"])
+        if metadata is row["metadata"]:
             parse_prompts(json.dumps(metadata), f"metadata of {where}")
-        if metadata != row.get("metadata"):
+        if metadata != row["metadata"]:
             raise UserError(f"{where} was measured with other metadata than its prompt's first sample; measure again")
-        seen = _seen(row, where)
+        seen = _seen(row)
 
         def color_of(detection: _Seen, where: str = where) -> str:
             if detection.color is None:
@@ -174,16 +164,8 @@ def _judged(rows: Iterable[Mapping[str, Any]]) -> list[_Judged]:
     return found
 
 
-def _seen(row: Mapping[str, Any], where: str) -> list[_Seen]:
-    try:
-        return [
-            _Seen(cls, (float(x0), float(y0), float(x1), float(y1)), float(score), color=color)
-            for cls, x0, y0, x1, y1, score, color in row["detections"]
-        ]
-    except (KeyError, TypeError, ValueError):
-        raise UserError(
-            f"the detections of {where} are not [class, x0, y0, x1, y1, score, colour]; measure it again"
-        ) from None
+def _seen(row: Mapping[str, Any]) -> list[_Seen]:
+    return [_Seen(cls, (x0, y0, x1, y1), score, color=color) for cls, x0, y0, x1, y1, score, color in row["detections"]]
 
 
 def _read_results(path: Path) -> tuple[dict[str, Any], list[_Judged]]:
@@ -199,16 +181,18 @@ def _read_results(path: Path) -> tuple[dict[str, Any], list[_Judged]]:
             )
     if not lines:
         raise UserError(f"{path} holds no results of GenEval's evaluator; run it again")
-    seen: dict[str, int] = {}
+    seen: dict[tuple[int, int], int] = {}
     captions: dict[int, str] = {}
     judged = []
     for number, line in lines:
         where = f"{path}, line {number}"
         prompt, result, metadata = _result(line, where)
-        name = result["filename"]
-        if name in seen:
-            raise UserError(f"{where}: {name} stands in line {seen[name]} already; the results are of several runs")
-        seen[name] = number
+        sample = numbers_of(result["filename"])
+        if sample in seen:
+            raise UserError(
+                f"{where}: {result['filename']} stands in line {seen[sample]} already; the results are of several runs"
+            )
+        seen[sample] = number
         if captions.setdefault(prompt, result["metadata"]) != result["metadata"]:
             raise UserError(f"{where}: prompt {prompt} has other metadata than in the lines before")
         judged.append(_Judged(prompt, metadata, result["correct"], result))
@@ -241,7 +225,7 @@ def _result(line: Mapping[str, Any], where: str) -> tuple[int, dict[str, Any], M
 
 def _evaluation(
     judged: Sequence[_Judged],
-    about: Mapping[str, Any],
+    by: Mapping[str, Any],
     kind: str,
     *,
     model: str,
@@ -268,39 +252,22 @@ def _evaluation(
     kinds = dict.fromkeys(columns, kind)
     sha256 = sha256_of(prompts.values())
     evaluator: dict[str, Any] = {
-        **about,
+        **by,
         "version": VERSION,
         "prompts_sha256": sha256,
-        "prompts_file": FILES.get(sha256, about["prompts_file"]),
+        "prompts_file": FILES.get(sha256, by["prompts_file"]),
         "missing": lacking,
-        "bootstrap": {"resamples": resamples, "seed": seed},
     }
     if diversity is not None:
         from rcm.evaluation import features
 
-        beside = features.columns(diversity)
+        beside = features.columns(diversity, allow_missing)
         columns |= beside
         kinds |= dict.fromkeys(beside, "same_formula")
-        made = diversity.header.get("sampling")
-        evaluator["diversity"] = {
-            "by": diversity.header["by"],
-            "sampling": made,
-            "prompts_sha256": (made or {}).get("prompts_sha256"),
-            "samples": sum(row["samples"] for row in diversity.rows),
-        }
-    scores = {
-        "model": model,
-        "steps": steps,
-        "media": "images",
-        "n_prompts": len(found),
-        "n_samples": len(judged),
-        "metrics": {
-            key: metric(key, values, tags, kinds[key], resamples=resamples, seed=seed)
-            for key, values in columns.items()
-        },
-        "evaluator": evaluator,
-        "per_prompt": {"tag": tags, **columns},
-    }
+        evaluator["missing"] += features.lacking(diversity)
+        evaluator["diversity"] = features.block(diversity)
+    about = {"model": model, "steps": steps, "media": "images", "n_prompts": len(found), "n_samples": len(judged)}
+    scores = scored(about, {"tag": tags, **columns}, kinds, evaluator, resamples=resamples, seed=seed)
     return Evaluation(scores, [image.result for image in judged])
 
 

@@ -43,12 +43,18 @@ class Mask2Former:
                 f"the Mask2Former in {folder} knows {self.model.config.num_labels} classes; expected COCO's "
                 f"{len(self.classes)} of instances, as hf://facebook/mask2former-swin-small-coco-instance/ has them"
             )
+        for number, label in self.model.config.id2label.items():  # LABEL_3 and other spellings say nothing
+            if label in self.classes and self.classes[number] != label:
+                raise UserError(
+                    f"the Mask2Former in {folder} calls class {number} {label!r}, which is COCO's "
+                    f"{self.classes[number]!r}; expected the 80 classes in COCO's order"
+                )
 
     @torch.inference_mode()
     def detect(self, image: np.ndarray) -> list[Detection]:
         """At most 100 objects of an uint8 (H, W, 3) image, the surest class of a query first."""
         pixels, size = prepared(image)
-        with torch.backends.cudnn.flags(allow_tf32=False):
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             found = self.model(pixel_values=pixels[None].to(self.device))
         height, width = image.shape[:2]
         return instances(

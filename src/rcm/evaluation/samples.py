@@ -4,7 +4,6 @@ A folder may hold one part of a suite; beside the prompts' folders `sampling.jso
 else lies there, such as GenEval's `grid.png`, is ignored.
 """
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,11 +16,13 @@ import numpy as np
 from PIL import Image, ImageSequence
 
 from rcm.artefact import UserError, read_json, reason
+from rcm.data.prompt_files import json_value
 from rcm.data.prompts import Metadata, parse_prompts
 
 SAMPLING = "sampling.json"
-_SAMPLE = re.compile(r"\d+\.(png|mp4)", re.ASCII)
-_NAME = re.compile(r"(\d+)/samples/(\d+)\.(png|mp4)", re.ASCII)
+_FOLDER = re.compile(r"\d{1,9}", re.ASCII)
+_SAMPLE = re.compile(r"\d{1,9}\.(png|mp4)", re.ASCII)
+_NAME = re.compile(r"(\d{1,9})/samples/(\d{1,9})\.(png|mp4)", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def list_samples(folders: Sequence[str | Path]) -> list[PromptSamples]:
     for root in map(Path, folders):
         if not root.is_dir():
             raise UserError(f"no folder of samples {str(root)!r}")
-        for folder in sorted(path for path in root.iterdir() if path.name.isdecimal() and path.is_dir()):
+        for folder in sorted(path for path in root.iterdir() if _FOLDER.fullmatch(path.name) and path.is_dir()):
             index = int(folder.name)
             if index in found:
                 raise UserError(
@@ -87,8 +88,8 @@ def _metadata(path: Path) -> Metadata:
     if len(lines) != 1:
         raise UserError(f"{path} holds {len(lines)} captions; expected one")
     try:
-        item = json.loads(lines[0])
-    except (json.JSONDecodeError, RecursionError):
+        item = json_value(lines[0])
+    except ValueError:
         item = None
     if isinstance(item, dict) and "tag" not in item and isinstance(item.get("prompt"), str) and item["prompt"]:
         return item
@@ -118,31 +119,44 @@ def read_sampling(folders: Sequence[str | Path]) -> dict[str, Any] | None:
     return said[0] if said else None
 
 
+def numbers_of(name: str) -> tuple[int, int]:
+    """Prompt and sample of a name such as `00012/samples/0003.png`, whose zeros are free. UserError for another."""
+    match = _NAME.fullmatch(name)
+    if match is None:
+        raise UserError(f"{name} is no name of a sample, such as 00012/samples/0003.png")
+    return int(match[1]), int(match[2])
+
+
 def missing(expected: Expected | None, found: Iterable[str], allow_missing: bool = False) -> list[str]:
     """Names of the samples that should be there and are not, by prompt and number.
 
     Args:
-        expected: None asks for as many samples of every prompt that was found as the fullest of them has.
+        expected: None asks for as many samples of every prompt, up to the last one found, as the fullest of them has.
         found: names such as `00012/samples/0003.png`; where numbers begin and how many zeros they have is free.
         allow_missing: return the names; otherwise missing samples are a UserError with their number.
+
+    Samples beyond the expected number are a UserError: they are of another suite, or of a run before.
     """
     there: dict[int, set[int]] = {}
     suffix = "png"
     for name in found:
-        match = _NAME.fullmatch(name)
-        if match is None:
-            raise UserError(f"{name} is no name of a sample, such as 00012/samples/0003.png")
-        if expected and int(match[1]) >= len(expected.prompts):
+        prompt, number = numbers_of(name)
+        if expected and prompt >= len(expected.prompts):
             raise UserError(f"{name} is of none of the {len(expected.prompts)} prompts; check which prompts are meant")
-        there.setdefault(int(match[1]), set()).add(int(match[2]))
-        suffix = match[3]
+        there.setdefault(prompt, set()).add(number)
+        suffix = name[-3:]
     if expected:
         counts = {prompt: expected.of(prompt) for prompt in range(len(expected.prompts))}
     else:
-        counts = dict.fromkeys(sorted(there), max(map(len, there.values()), default=0))
+        counts = dict.fromkeys(range(max(there, default=-1) + 1), max(map(len, there.values()), default=0))
     lacking = []
     for prompt, count in counts.items():
         own = there.get(prompt, set())
+        if len(own) > count:
+            raise UserError(
+                f"{prompt:05d}/samples/{sorted(own)[count]:04d}.{suffix} is one too many: of this prompt the suite has "
+                f"{count} samples; check which suite is meant, and remove what an older run left"
+            )
         absent = [number for number in range(count) if number not in own][: max(0, count - len(own))]
         lacking += [f"{prompt:05d}/samples/{number:04d}.{suffix}" for number in absent]
     if lacking and not allow_missing:
@@ -174,7 +188,7 @@ def read_frames(path: str | Path, frames: int | None = None) -> np.ndarray:
         if path.stat().st_size == 0:
             raise UserError(f"the sample {path} is empty (0 bytes); sample it again")
         read = _mp4(path) if path.suffix.lower() == ".mp4" else _png(path)
-    except (OSError, SyntaxError, ValueError, RuntimeError) as error:
+    except (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError) as error:
         raise UserError(f"cannot read the sample {path}: {reason(error)}") from None
     if frames is not None and len(read) != frames:
         raise UserError(f"{path} has {len(read)} frame{'s' * (len(read) != 1)}, expected {frames}")
@@ -183,6 +197,8 @@ def read_frames(path: str | Path, frames: int | None = None) -> np.ndarray:
 
 def _png(path: Path) -> np.ndarray:
     with Image.open(path) as image:
+        if image.mode[0] in "IF":
+            raise ValueError(f"its pixels are {image.mode}; expected 8 bits a channel")
         return np.stack([np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(image)])
 
 

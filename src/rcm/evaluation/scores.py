@@ -119,15 +119,17 @@ def evaluate(
         "sampling": sampling,
         "missing": lacking,
         "paper": None,
-        "bootstrap": {"resamples": resamples, "seed": seed},
     }
     if diversity_samples:
         others = list_samples(diversity_samples)
         for item in others:
             _check_caption(item)
+        gone = missing(None, [item.name(path) for item in others for path in item.paths], allow_missing)
+        evaluator["missing"] += [f"diversity/{name}" for name in gone]
         sampling = read_sampling(diversity_samples)
         diverse = [_diversity(item, media, _frames(sampling), seed) for item in others]
-        per_prompt |= _columns([values for values, _ in diverse])
+        values = {item.index: found for item, (found, _) in zip(others, diverse, strict=True)}
+        per_prompt |= by_prompt(values, range(max(values) + 1))
         evaluator["diversity"] = {
             "prompts_sha256": sha256_of(item.metadata for item in others),
             "sampling": sampling,
@@ -135,21 +137,29 @@ def evaluate(
             "satisfying": [count for _, count in diverse],
             "minimum": diversity.MINIMUM,
         }
-    metrics = {
-        key: metric(key, per_prompt[key], tags, _kind(key), resamples=resamples, seed=seed)
-        for key in sorted(per_prompt.keys() - {"tag"}, key=_order(per_prompt))
-    }
-    scores = {
-        "model": model,
-        "steps": steps,
-        "media": media,
-        "n_prompts": len(rows),
-        "n_samples": len(results),
-        "metrics": metrics,
-        "evaluator": evaluator,
+    kinds = {key: _kind(key) for key in sorted(per_prompt.keys() - {"tag"}, key=_order(per_prompt))}
+    about = {"model": model, "steps": steps, "media": media, "n_prompts": len(rows), "n_samples": len(results)}
+    return Evaluation(scored(about, per_prompt, kinds, evaluator, resamples=resamples, seed=seed), results)
+
+
+def scored(
+    about: Mapping[str, Any],
+    per_prompt: Mapping[str, Sequence[Any]],
+    kinds: Mapping[str, str],
+    evaluator: Mapping[str, Any],
+    *,
+    resamples: int,
+    seed: int,
+) -> dict[str, Any]:
+    """The score JSON: what it is `about`, a metric for each column of `kinds`, the evaluator and all columns."""
+    options = {"resamples": resamples, "seed": seed}
+    tags = per_prompt["tag"]
+    return {
+        **about,
+        "metrics": {key: metric(key, per_prompt[key], tags, kind, **options) for key, kind in kinds.items()},
+        "evaluator": {**evaluator, "bootstrap": options},
         "per_prompt": per_prompt,
     }
-    return Evaluation(scores, results)
 
 
 def _order(keys: Iterable[str]) -> Callable[[str], tuple[int, int]]:

@@ -153,7 +153,7 @@ def top_flow(flow: np.ndarray, share: float) -> np.ndarray:
 
 def temporal_flickering(frames: np.ndarray) -> float:
     """(255 - mean absolute difference of neighbouring frames) / 255."""
-    return float(1 - np.abs(np.diff(frames.astype(np.float32), axis=0)).mean() / 255)
+    return 1 - float(np.mean([cv2.absdiff(a, b).mean() for a, b in pairwise(frames)])) / 255
 
 
 def is_static(clip: Clip) -> bool:

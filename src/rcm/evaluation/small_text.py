@@ -10,7 +10,6 @@ Of a clip the middle frame is read. The reader's own errors are part of the rate
 plain lettering; on slanted, bent or drawn letters nobody measured them. Its models lie in rapidocr's wheel.
 """
 
-import hashlib
 import importlib.metadata
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
@@ -23,14 +22,11 @@ from typing import Any
 import numpy as np
 
 from rcm.artefact import UserError, sha256_file
-from rcm.data.prompts import to_jsonl
-from rcm.evaluation.bootstrap import interval
 from rcm.evaluation.measured import Measured
 from rcm.evaluation.samples import Expected, PromptSamples, missing, read_frames
-from rcm.evaluation.scores import VERSION, Evaluation
+from rcm.evaluation.scores import VERSION, Evaluation, by_prompt, scored, sha256_of
 
 NAME = "Small text (RapidOCR)"
-KEYS = ("text.cer", "text.exact")
 
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1, pixels
 
@@ -55,9 +51,13 @@ def levenshtein(first: str, second: str) -> int:
 
 def error_rate(wanted: str, lines: Sequence[str]) -> float:
     """CER of the run of lines that is nearest to the text wanted, in [0, 1]."""
-    target = plain(wanted)
-    runs = [plain(" ".join(lines[start:end])) for start, end in combinations(range(len(lines) + 1), 2)]
-    return min(levenshtein(target, run) for run in ["", *runs]) / len(target)
+    target, texts = plain(wanted), [text for text in map(plain, lines) if text]
+    best = len(target)
+    for start, end in combinations(range(len(texts) + 1), 2):
+        run = " ".join(texts[start:end])
+        if len(run) - len(target) < best:  # a longer one cannot be nearer
+            best = min(best, levenshtein(target, run))
+    return best / len(target)
 
 
 def reading_order(found: Sequence[tuple[Box, str]]) -> list[str]:
@@ -123,7 +123,7 @@ def measure(
     *,
     frames: int | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """A row for each sample: {"prompt", "filename", "wanted", "read" (its lines), "cer"}; `frames` is how many it must have.
+    """A row for each sample, which must have `frames`: {"prompt", "filename", "wanted", "read" (its lines), "cer"}.
 
     Raises UserError for a prompt whose metadata have no "text".
     """
@@ -164,57 +164,37 @@ def evaluation(
         measured: what `measure` saw.
         model, steps, media: who made the samples; only passed on, as are `prompts_file` and `paper`.
         resamples, seed: of the bootstrap over prompts.
-        expected: the suite's prompts and number of samples; without, nothing is known to be missing.
+        expected: the suite's prompts and number of samples; without, all prompts must have the same number.
         allow_missing: name missing samples in the evaluator's block instead of refusing them.
     """
     rows = measured.rows
     if not rows:
         raise UserError("the measurement of small text holds no samples; measure the samples of suite=text")
-    lacking = [] if expected is None else missing(expected, [row["filename"] for row in rows], allow_missing)
-    for row in [] if expected is None else rows:
-        assert expected is not None
-        if expected.prompts[row["prompt"]].get("text") != row["wanted"]:
-            raise UserError(
-                f"{row['filename']}: {row['wanted']!r} was looked for, but the prompt file says "
-                f"{expected.prompts[row['prompt']].get('text')!r}; measure the samples of these prompts"
-            )
+    lacking = missing(expected, [row["filename"] for row in rows], allow_missing)
     cers: dict[int, list[float]] = {}
     for row in rows:
+        wanted = row["wanted"] if expected is None else expected.prompts[row["prompt"]].get("text")
+        if wanted != row["wanted"]:
+            raise UserError(
+                f"{row['filename']}: {row['wanted']!r} was looked for, but the prompt file says {wanted!r}; measure "
+                "the samples of these prompts"
+            )
         cers.setdefault(row["prompt"], []).append(row["cer"])
-    per_prompt: dict[str, list[Any]] = {
-        "tag": ["text"] * len(cers),
-        "text.cer": [float(np.mean(found)) for found in cers.values()],
-        "text.exact": [float(np.mean([cer == 0 for cer in found])) for found in cers.values()],
+    values = {
+        prompt: {"text.cer": float(np.mean(found)), "text.exact": float(np.mean([cer == 0 for cer in found]))}
+        for prompt, found in cers.items()
     }
-    metrics: dict[str, dict[str, Any]] = {}
-    for key in KEYS:
-        found = interval(per_prompt[key], resamples=resamples, seed=seed)
-        assert found is not None
-        metrics[key] = {"value": found.value, "low": found.low, "high": found.high, "n_prompts": found.count}
-        metrics[key]["kind"] = "analogue"  # of the paper's pictures: it has no number
-    by = measured.header["by"]
+    columns = by_prompt(values, cers if expected is None else range(len(expected.prompts)))
+    tags = ["text"] * len(columns["text.cer"])
     evaluator = {
-        "name": NAME,
+        **measured.evaluator,
         "version": VERSION,
-        "models": by.get("models"),
-        "device": by.get("device"),
-        "versions": by.get("versions"),
-        "known": None,
-        "prompts_sha256": None if expected is None else hashlib.sha256(to_jsonl(expected.prompts).encode()).hexdigest(),
+        "prompts_sha256": None if expected is None else sha256_of(expected.prompts),
         "prompts_file": prompts_file,
-        "sampling": measured.header.get("sampling"),
         "missing": lacking,
         "paper": paper,
-        "bootstrap": {"resamples": resamples, "seed": seed},
     }
-    scores = {
-        "model": model,
-        "steps": steps,
-        "media": media,
-        "n_prompts": len(cers),
-        "n_samples": len(rows),
-        "metrics": metrics,
-        "evaluator": evaluator,
-        "per_prompt": per_prompt,
-    }
+    kinds = dict.fromkeys(columns, "analogue")  # of the paper's pictures: it has no number
+    about = {"model": model, "steps": steps, "media": media, "n_prompts": len(cers), "n_samples": len(rows)}
+    scores = scored(about, {"tag": tags, **columns}, kinds, evaluator, resamples=resamples, seed=seed)
     return Evaluation(scores, [{**row, "correct": row["cer"] == 0} for row in rows])
