@@ -95,6 +95,11 @@ def real(model: str, steps: int, media: str, metrics: dict[str, tuple[float, str
     checkpoint = hashlib.sha256(model.encode()).hexdigest()
     sampling = {"checkpoint_sha256": checkpoint, "sigma_max": sigma_max, "steps": steps, "seed": 43}
     sampling |= {"precision": "bfloat16", "device": CARD}
+    sampling |= {"sampler": {"sigma_max": sigma_max}, "times": [1.558, 1.3, 1.0, 0.6][:steps]}
+    sampling |= {"width": 1360, "height": 768, "frames": {"images": 1, "clips": 81}[media]}
+    if model == "teacher":
+        section = {"sampler": "cosmos", "guidance": 4.5, "guidance_form": "conditional", "shift": 1.0, "steps": steps}
+        sampling |= {"sampler": section, "times": None}
     versions = {"torch": "2.13.0", "transformers": "5.23.0"}
     said = {
         "version": VERSION,
@@ -130,6 +135,7 @@ MASK2FORMER = {
     "known": {"score": 0.95, "facts": 20, "failed": ["two dogs"], "images": ["a", "b", "c", "d"]},
     "prompts_file": "evaluation_metadata.jsonl",
     "prompts_sha256": "5c48e0813e812e3c373fa5c8ed07a8f0a483be30272b4427b0559c8048e67c13",
+    "prompts_file_sha256": "5c48e0813e812e3c",
     "paper": "2B",
     "diversity": {
         "prompts_sha256": "ee" * 32,

@@ -5,7 +5,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rcm.report.scores import Run, compare, difference, headline, in_order, number, ratio, run_of
+from rcm.report.scores import (
+    Run,
+    compare,
+    difference,
+    headline,
+    in_order,
+    joined,
+    lacking,
+    minus,
+    number,
+    ratio,
+    run_of,
+    signed,
+)
 
 
 def with_values(values: Any, *, tags: list[str] | None = None, key: str = "shapeeval.overall") -> dict[str, Any]:
@@ -33,9 +46,9 @@ def test_teacher_stands_first_and_controls_last() -> None:
 
 def test_variants_are_methods_of_their_own() -> None:
     run = run_of("rcm-lambda-0.1-2", 4)
-    assert (run.method, run.seed, run.label) == ("rcm-lambda-0.1", 2, "rCM, 0.1 λ")
+    assert (run.method, run.seed, run.label) == ("rcm-lambda-0.1", 2, "rCM (0.1 λ)")
     assert [run_of(f"{name}-0", 4).label for name in ("rcm-fixed-rollout", "dmd-random-rollout")] == [
-        *("rCM, fixed times", "DMD, random times")
+        *("rCM (fixed times)", "DMD (random times)")
     ]
 
 
@@ -50,6 +63,13 @@ def test_variants_are_methods_of_their_own() -> None:
 )
 def test_headline_is_the_overall_score_of_whatever_was_measured(keys: list[str], found: str | None) -> None:
     assert headline({"metrics": dict.fromkeys(keys)}) == found
+
+
+def test_totals_of_some_dimensions_sum_up_nothing() -> None:
+    score = {"metrics": {"vbench.total": {}}, "evaluator": {"missing": ["color", "scene", "a cat-3.mp4"]}}
+    assert lacking(score) == (["color", "scene"], ["a cat-3.mp4"])
+    assert headline(score) is None
+    assert headline(score | {"evaluator": {"missing": ["a cat-3.mp4"]}}) == "vbench.total"
 
 
 def test_difference_has_the_standard_error_of_paired_means() -> None:
@@ -121,4 +141,15 @@ def test_nothing_is_said_without_values(groups: Any) -> None:
 
 
 def test_numbers_keep_three_decimals_or_two() -> None:
-    assert [number(x) for x in (0.12345, -0.5, 31.2, float("nan"))] == ["0.123", "-0.500", "31.20", "–"]
+    assert [number(x) for x in (0.12345, -0.5, 31.2, float("nan"))] == ["0.123", "−0.500", "31.20", "–"]
+
+
+def test_what_rounds_to_nothing_has_no_sign() -> None:
+    assert [number(-0.0004), signed(-0.0004), signed(0.0004), signed(-0.0004, 4)] == [
+        "0.000",
+        "0.000",
+        "0.000",
+        "−0.0004",
+    ]
+    assert [signed(0.25), signed(-12.5, 1), minus("-3e-08")] == ["+0.250", "−12.5", "−3e−08"]
+    assert [joined([]), joined(["a"]), joined("abc")] == ["", "a", "a, b and c"]

@@ -18,6 +18,7 @@ from rcm.report.scores import CONTROLS
 from rcm.report.tables import make_table
 
 Scores = dict[str, list[dict[str, Any]]]
+PAPER = Path(__file__).parents[2] / "config/published"
 
 
 def split(scores: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -28,7 +29,7 @@ def split(scores: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict
 def made(scores: Scores, published: Path) -> dict[str, dict[str, str]]:
     return {
         "table1": make_table("table1", *split(scores["images"]), published),
-        "table2": make_table("table2", *split(scores["clips"]), published),
+        "table2": make_table("table2", *split(scores["clips"]), PAPER / "table2.csv"),
     }
 
 
@@ -66,13 +67,15 @@ def test_published_numbers_have_panels_of_their_own(made: dict[str, dict[str, st
     for texts in made.values():
         *own, paper = panels(from_csv(texts["csv"]))
         assert paper.published and not any(panel.published for panel in own)
+        assert "other models, another benchmark" in paper.caption
         for panel in own:
             assert "GenEval" not in panel.title and "VBench" not in panel.title
             assert not any("GenEval" in head or "VBench" in head for head in panel.head)
-        assert [cell.text for cell in paper.groups[0][1][2]][:5] == [
-            *("Cosmos-Predict2 + rCM", "0.6B, 1360×768", "4", "0.79", "1.00")  # digits as printed
-        ]
-        assert paper.groups[0][1][1][2].text == "35×2"
+    *_, paper = panels(from_csv(made["table1"]["csv"]))
+    assert [cell.text for cell in paper.groups[0][1][2]][:5] == [
+        *("Cosmos-Predict2 + rCM", "0.6B, 1360×768", "4", "0.79", "1.00")  # digits as printed
+    ]
+    assert paper.groups[0][1][1][2].text == "35×2"
 
 
 def test_shapebench_names_the_kind(made: dict[str, dict[str, str]]) -> None:
@@ -119,14 +122,14 @@ def test_no_table_without_controls(scores: Scores, published: Path) -> None:
 
 
 @pytest.mark.parametrize(("media", "name"), [("images", "table1"), ("clips", "table2")])
-def test_scores_of_the_evaluation_fit(
-    media: str, name: str, sampled: Callable[..., Path], published: Path, tmp_path: Path
-) -> None:
+def test_scores_of_the_evaluation_fit(media: str, name: str, sampled: Callable[..., Path], tmp_path: Path) -> None:
     found = {}
     for model, steps, quality in (("teacher", 20, 1.0), ("rcm-0", 4, 1.0), ("oracle", 0, 1.0), ("shuffled", 0, 0.0)):
         folder = sampled(tmp_path / f"{model}-{steps}" / "report" / "1-of-1", media, quality, per_task=1)
         found[model] = evaluate([folder], media=media, model=model, steps=steps, resamples=50).scores
-    made = make_table(name, [found["teacher"], found["rcm-0"]], [found["oracle"], found["shuffled"]], published)
+    made = make_table(
+        name, [found["teacher"], found["rcm-0"]], [found["oracle"], found["shuffled"]], PAPER / f"{name}.csv"
+    )
     rows = {(row.model, row.metric): row for row in from_csv(made["csv"])}
     assert float(rows["rcm", "shapeeval.relative_to_teacher"].value) == pytest.approx(1.0)
     measured = {row.metric for row in rows.values() if row.block != "published"}
@@ -138,8 +141,6 @@ def test_scores_of_the_evaluation_fit(
 
 
 # --- Real evaluators -----------------------------------------------------------------------------------------------
-
-PAPER = Path(__file__).parents[2] / "config/published"
 
 
 def shown(made: dict[str, str]) -> dict[str, Panel]:
@@ -183,10 +184,11 @@ def test_panels_of_a_real_scale_stand_in_their_order(real: dict[str, dict[str, s
 
 def test_difference_from_the_paper_is_that_of_hand(real: dict[str, dict[str, str]]) -> None:
     vbench = texts(shown(real["table2"])["Beside the paper: VBench (official code)"])
-    assert len(vbench) == 4 * 3
-    assert vbench[0] == ["Teacher", "50", "Total", "82.70 [80.70, 84.70]", "83.02", "-0.32", "yes"]  # percent
-    assert vbench[1] == ["", "", "Quality", "83.70 [81.70, 85.70]", "83.95", "-0.25", "yes"]
-    assert vbench[6] == ["rCM", "2", "Total", "81.00 [79.00, 83.00]", "84.09", "-3.09", "no"]
+    assert len(vbench) == 4 * 4
+    assert vbench[0] == ["Teacher", "50", "Total", "82.70 [80.70, 84.70]", "83.02", "−0.32", "yes"]  # percent
+    assert vbench[1] == ["", "", "Quality", "83.70 [81.70, 85.70]", "83.95", "−0.25", "yes"]
+    assert vbench[8] == ["rCM", "2", "Total", "81.00 [79.00, 83.00]", "84.09", "−3.09", "no"]
+    assert vbench[11] == ["", "", "Frames/s", "22.6", "23.0", "−0.4", "–"]
     geneval = texts(shown(real["table1"])["Beside the paper: GenEval (HF Mask2Former)"])
     assert len(geneval) == 4 * 7
     assert geneval[21] == ["rCM", "4", "Overall", "0.812 [0.792, 0.832]", "0.81", "+0.002", "yes"]  # fractions
@@ -219,9 +221,12 @@ def test_captions_say_what_moves_a_score(real: dict[str, dict[str, str]], geneva
         "not GenEval (mmdet) numbers",
         "mask2former-swin-small-coco-instance abababababab,",
         "on NVIDIA H100 80GB HBM3, torch 2.13.0, transformers 5.23.0",
-        "Known-image check: 0.95 of 20 facts.",
-        "Prompts: evaluation_metadata.jsonl, SHA-256 5c48e0813e81.",
-        "σ_max: 80 (Teacher), 1600 (DMD2, rCM).",
+        "Known-image check: 0.95 (19 of 20 facts).",
+        "Prompts: SHA-256 5c48e0813e81 as they were scored, from evaluation_metadata.jsonl, SHA-256 5c48e0813e812e3c.",
+        "Size: 1360×768.",
+        "Sampler: cosmos, guidance 4.5 (×2 evaluations a step), shift 1 (Teacher).",
+        "Times: 1.558 1.3 1 0.6 (DMD2, rCM at 4); 1.558 (rCM at 1).",
+        "σ_max: 80 (Teacher); 1600 (DMD2, rCM).",
     ):
         assert fact in said
     for score in genevals:
@@ -239,10 +244,91 @@ def test_scores_of_two_detectors_get_panels_of_their_own(genevals: list[dict[str
     found = shown(made)
     apart = {title: panel for title, panel in found.items() if title.startswith("GenEval (") and "group" in title}
     assert list(apart) == ["GenEval (HF Mask2Former), group 1 of 2", "GenEval (mmdet), group 2 of 2"]
-    for (title, panel), other in zip(apart.items(), ("2", "1"), strict=True):
-        assert f"Not comparable with group {other}, which differs in evaluator and models." in panel.provenance, title
-        assert len(texts(panel)) == len(genevals)
+    first, second = apart.values()
+    assert first.provenance.startswith("Not comparable with the other groups: group 2 differs in evaluator and models.")
+    assert second.provenance.startswith(
+        f"Not comparable with the other groups; in what they differ stands under “{first.title}”."
+    )
+    assert len(texts(first)) == len(texts(second)) == len(genevals)
     assert make_table("table1", [*official, *genevals], [], PAPER / "table1.csv") == made
+
+
+def test_how_well_known_images_went_parts_nothing(genevals: list[dict[str, Any]]) -> None:
+    teacher, *students = genevals
+    other = of(teacher, known={"score": 0.9, "facts": 20, "failed": ["a", "b"], "images": []})
+    panel = shown(make_table("table1", [other, *students], [], PAPER / "table1.csv"))["GenEval (HF Mask2Former)"]
+    assert "Known-image check: 0.9 (18 of 20 facts) (Teacher); 0.95 (19 of 20 facts) (DMD2, rCM)." in panel.provenance
+
+
+def sampled_at(score: dict[str, Any], **facts: Any) -> dict[str, Any]:
+    return of(score, sampling=score["evaluator"]["sampling"] | facts)
+
+
+def test_students_of_other_noise_or_size_stand_apart_each_with_the_teacher(genevals: list[dict[str, Any]]) -> None:
+    teacher, dmd2, rcm, _ = genevals
+    found = shown(make_table("table1", [teacher, dmd2, sampled_at(rcm, sigma_max=80)], [], PAPER / "table1.csv"))
+    first, second = (panel for title, panel in found.items() if title.startswith("GenEval ("))
+    assert [line[0] for line in texts(first)] == ["Teacher", "DMD2"]
+    assert [line[0] for line in texts(second)] == ["Teacher", "rCM"]
+    assert "group 2 differs in σ_max." in first.provenance
+    found = shown(make_table("table1", [teacher, dmd2, sampled_at(rcm, width=640)], [], PAPER / "table1.csv"))
+    assert "group 2 differs in size." in next(iter(found.values())).provenance
+
+
+def test_totals_of_some_dimensions_are_named_and_never_beside_the_paper(vbenches: list[dict[str, Any]]) -> None:
+    missing = ["color", "scene", "object_class", "human_action", *(f"a cat-{index}.mp4" for index in range(7))]
+    made = make_table("table2", [of(score, missing=missing) for score in vbenches], [], PAPER / "table2.csv")
+    found = shown(made)
+    first = found["VBench (official code), 12 of 16 dimensions"]
+    assert "12 of 16 dimensions, normalised" in first.caption and "these totals are not VBench's" in first.caption
+    assert (
+        "Missing: 4 of 16 dimensions (color, scene, object_class, human_action); 7 samples (a cat-0.mp4, a cat-1.mp4, "
+        "a cat-2.mp4, … and 4 more)." in first.provenance
+    )
+    assert not any("Beside" in title for title in found)
+    other = [of(vbenches[0], missing=missing), of(vbenches[1], missing=[*missing[:-1], "a dog-0.mp4"])]
+    assert from_csv(make_table("table2", other, [], None)["csv"])[-1].comparable == "2"  # by all names, not the first
+
+
+def test_the_mean_of_seeds_is_the_mean_of_what_they_report(vbenches: list[dict[str, Any]]) -> None:
+    def seed(number: int, value: float, by_prompt: list[float]) -> dict[str, Any]:
+        metrics = {"vbench.color": {"value": value, "low": value - 0.1, "high": value + 0.1, "kind": "official"}}
+        per_prompt = {"tag": ["color"] * 4, "vbench.color": by_prompt}
+        return vbenches[2] | {"model": f"rcm-{number}", "metrics": metrics, "per_prompt": per_prompt}
+
+    seeds = [seed(0, 0.9, [1.0, 0.5, 1.0, 0.5]), seed(1, 0.8, [0.5, 0.5, 1.0, 0.5])]
+    rows = from_csv(make_table("table2", seeds, [], None)["csv"])
+    mean = next(row for row in rows if (row.metric, row.seed) == ("vbench.color", "mean"))
+    assert float(mean.value) == pytest.approx(0.85)
+    assert float(mean.low) < 0.85 < float(mean.high)
+
+
+def test_scores_of_text_and_others_share_no_table(genevals: list[dict[str, Any]]) -> None:
+    text = of(genevals[2] | {"metrics": {"text.cer": {"value": 0.3, "low": None, "high": None, "kind": "analogue"}}})
+    with pytest.raises(
+        UserError, match=r"rcm-0-4\.json holds scores of small text, which belong in table_text, not in"
+    ):
+        make_table("table1", [genevals[0], text], [], None)
+    with pytest.raises(UserError, match=r"teacher-35\.json holds scores of no small text"):
+        make_table("table_text", [genevals[0]], [], None)
+    panel = next(iter(shown(make_table("table_text", [text], [], None)).values()))
+    assert "Brackets" not in panel.caption
+
+
+def test_the_papers_table_must_be_that_table(genevals: list[dict[str, Any]], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"table2\.csv lacks the column 'overall'"):
+        make_table("table1", genevals, [], PAPER / "table2.csv")
+    (tmp_path / "latin.csv").write_bytes("group,model\nteacher,\xe9\n".encode("latin-1"))
+    with pytest.raises(UserError, match=r"latin\.csv cannot be read: it is no text in UTF-8"):
+        make_table("table1", genevals, [], tmp_path / "latin.csv")
+
+
+def test_diversity_counts_prompts_by_a_measure_with_values(genevals: list[dict[str, Any]]) -> None:
+    empty = {"value": None, "low": None, "high": None, "n_prompts": 0, "kind": "same_formula"}
+    some = {"value": 0.2, "low": 0.1, "high": 0.3, "n_prompts": 24, "kind": "same_formula"}
+    metrics = {"geneval.overall": genevals[2]["metrics"]["geneval.overall"], "diversity.clip_distance": empty}
+    score = genevals[2] | {"metrics": metrics | {"diversity.vbench2": some}}
+    assert " 24 prompts, 480 samples" in shown(make_table("table1", [score], [], None))["Diversity"].caption
 
 
 @pytest.mark.parametrize(
@@ -250,7 +336,8 @@ def test_scores_of_two_detectors_get_panels_of_their_own(genevals: list[dict[str
     [
         ({"prompts_sha256": "01" * 32}, "prompts"),
         ({"missing": ["00012/samples/0003.png", "00013/samples/0000.png"]}, "what is missing"),
-        ({"known": {"score": 0.5, "facts": 20}}, "known-image check"),
+        ({"known": None}, "known-image check"),
+        ({"versions": {"torch": "2.13.0", "transformers": "4.0.0"}}, "version of the evaluator's package"),
         ({"protocol": "vbench-long"}, "protocol"),
         ({"gpus": 8}, "number of GPUs"),
     ],
@@ -262,9 +349,9 @@ def test_what_cannot_be_compared_shares_no_column(
     made = make_table("table1", [of(teacher, **change), *students], [], PAPER / "table1.csv")
     headlines = [panel for title, panel in shown(made).items() if title.startswith("GenEval (")]
     assert [len(texts(panel)) for panel in headlines] == [1, 3]
-    assert f"which differs in {word}." in headlines[0].provenance
+    assert f"group 2 differs in {word}." in headlines[0].provenance
     if "missing" in change:
-        assert "Missing: 2 (00012/samples/0003.png, 00013/samples/0000.png)." in headlines[0].provenance
+        assert "Missing: 2 samples (00012/samples/0003.png, 00013/samples/0000.png)." in headlines[0].provenance
 
 
 def test_seeds_are_averaged_among_comparable_scores_only(genevals: list[dict[str, Any]]) -> None:
@@ -290,10 +377,17 @@ def test_diversity_stands_beside_quality_at_one_sigma_max(
     real: dict[str, dict[str, str]], genevals: list[dict[str, Any]], made: dict[str, dict[str, str]]
 ) -> None:
     panel = shown(real["table1"])["Diversity"]
-    assert panel.head == ["Model", "Steps", "GenEval\noverall", "CLIP distance", "DINO distance", "VBench-2.0"]
+    assert panel.head == [
+        "Model",
+        "Steps",
+        "GenEval\noverall",
+        "CLIP distance",
+        "DINO distance",
+        "VBench-2.0 diversity",
+    ]
     assert texts(panel)[2][2] == "0.777 [0.757, 0.797]"
     assert "480 samples, prompts' SHA-256 eeeeeeeeeeee." in panel.caption
-    assert "σ_max: 80 (Teacher), 1600 (DMD2, rCM)." in panel.caption
+    assert "σ_max: 80 (Teacher); 1600 (DMD2, rCM)." in panel.caption
     assert shown(made["table1"])["Diversity"].head[2] == "ShapeEval\noverall"
     diverse = genevals[2]["evaluator"]["diversity"] | {"sampling": {"sigma_max": 80}}
     with pytest.raises(UserError, match=r"rcm-0-4\.json has quality at sigma_max 1600 and diversity at 80"):
@@ -307,8 +401,8 @@ def test_native_dimensions_stand_apart_with_their_difference(real: dict[str, dic
     assert [cell.text for cell in found["Implemented here"][0]] == ["Subject consistency", "same formula", "0.9588"]
     gaps = found["Implemented here − official code"]
     assert [[cell.text for cell in line] for line in gaps] == [
-        ["Subject consistency", "derived", "-0.0012"],
-        ["Temporal flickering", "derived", "+3e-08"],
+        ["Subject consistency", "derived", "−0.0012"],
+        ["Temporal flickering", "derived", "+3e−08"],
     ]
     assert "dino-vitb16 0d0d0d0d0d0d" in panel.caption
 
@@ -323,7 +417,10 @@ def test_native_dimensions_alone_have_no_total(vbenches: list[dict[str, Any]], s
     titles = [f"VBench (native part): {what}" for what in ("throughput", "dimensions")]
     assert list(found)[:-1] == [*titles, "Diversity"]
     assert found["Diversity"].head[2:] == ["Subject consistency", "Temporal flickering", "CLIP distance"]
-    assert "other benchmark" in list(found.values())[-1].caption  # nothing here is comparable with the paper's totals
+    assert "nothing measured here is a whole score" in list(found.values())[-1].caption
+    dimensions = found[titles[1]].caption
+    assert "They are implemented here by the official formulas" in dimensions and "Brackets" not in dimensions
+    assert texts(found["Diversity"])[0][-1] == "0.200 [0.100, 0.300]" and "Brackets" in found["Diversity"].caption
 
 
 def test_speed_is_a_column_with_its_card(
@@ -337,6 +434,10 @@ def test_speed_is_a_column_with_its_card(
     panel = shown(make_table("table2", vbenches, [], PAPER / "table2.csv", throughput=mixed))["VBench (official code)"]
     assert texts(panel)[2][-1] == "22.6 NVIDIA H200" and texts(panel)[0][-1] == "0.716 NVIDIA H100 80GB HBM3"
     assert "not to be compared across devices" in panel.caption
+    other = [speed | {"device": "NVIDIA L40S"} for speed in speeds]
+    found = shown(make_table("table2", vbenches, [], PAPER / "table2.csv", throughput=other))
+    assert "The paper's are of one H100, so not beside these." in found["VBench (official code)"].caption
+    assert not any("Frames/s" in line for line in texts(found["Beside the paper: VBench (official code)"]))
     for wrong in ({"steps": 8}, {"batch": 4}):
         with pytest.raises(UserError, match="rcm-0-"):
             make_table("table2", vbenches, [], PAPER / "table2.csv", throughput=[speeds[2] | wrong])

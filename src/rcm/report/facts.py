@@ -194,6 +194,6 @@ def differences(groups: Sequence[Sequence[Score]]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for key, words in (COMPARED | JOINING).items():
         values = [next((x for score in group if (x := compared(score)[key])), "") for group in groups]
-        if len(set(values)) > 1:
+        if len(set(values) - ({""} if key in JOINING else set())) > 1:
             found[words] = values
     return found

@@ -5,13 +5,25 @@ of its tables was measured, line by line in "Beside the paper".
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from rcm.data.prompts import TASKS
 from rcm.report import captions
-from rcm.report.rows import DIVERSITY, NATIVE_DIFFERENCE, PERCENT, RELATIVE, SPEED, Line, Lines, Row, keys_in, lines_of
-from rcm.report.scores import HEADLINES, label, number
+from rcm.report.facts import short
+from rcm.report.rows import (
+    NATIVE_DIFFERENCE,
+    OWN_SAMPLES,
+    PERCENT,
+    RELATIVE,
+    SPEED,
+    Line,
+    Lines,
+    Row,
+    keys_in,
+    lines_of,
+)
+from rcm.report.scores import HEADLINES, label, minus, number, signed
 
 SUBJECTS = {"table1": "images", "table2": "clips", "table3": "clips from text and an image", "table_text": "small text"}
 PUBLISHED = {
@@ -19,10 +31,9 @@ PUBLISHED = {
     "table2": "VBench, as printed in Table 2 of the rCM paper",
     "table3": "VBench of a text-and-image-to-video model, as printed in Table 3 of the rCM paper",
 }
-NAMES = {"geneval.overall": "GenEval", "vbench.total": "VBench", "shapeeval.overall": "ShapeEval"}
-FAMILIES = {  # panels after the headline and the dimensions: families of metrics, title, and what to know about them
+FURTHER = {  # panels after the headline and the dimensions: families of metrics, title, and what to know about them
     ("shapeeval_frames",): ("ShapeEval of frames", "Clips judged by their frames alone, whatever moves."),
-    DIVERSITY: ("Diversity", ""),
+    OWN_SAMPLES: ("Diversity", ""),
     ("prior",): (
         "Distance from the world",
         "Total variation between the samples' hidden factors and the world's, less is better. With so few samples even "
@@ -81,66 +92,82 @@ def panels(rows: Sequence[Row]) -> list[Panel]:
             groups[row.comparable].append(row)
     speeds = [row for row in rows if row.metric == SPEED]
     paper = [row for row in rows if row.block == "published"]
-    made = [panel for key in groups for panel in _of_group(key, groups, speeds, paper)]
-    if paper:
-        made.append(_published_panel(paper, any(_pairs(lines_of(own), paper) for own in groups.values())))
-    return made
+    firsts = {key: own[0] for key, own in groups.items()}
+    made: list[Panel] = []
+    compared = False
+    for key, found in groups.items():
+        own = _with_speeds(lines_of(found), speeds)
+        suffix = f", group {key} of {len(groups)}" if len(groups) > 1 else ""
+        beside = _beside(own, found[0], paper)
+        compared |= bool(beside)
+        shown = [replace(panel, title=panel.title + suffix) for panel in _of_group(own, found[0], beside)]
+        for panel in shown[:1]:
+            apart = captions.apart(firsts, key, (made or shown)[0].title)
+            told = f"Evaluator, prompts, sampling and checkpoints as under “{panel.title}”."
+            whence = f"{apart} {captions.provenance(own, found[0])}".strip()
+            made += [replace(panel, provenance=whence), *(replace(other, provenance=told) for other in shown[1:])]
+    return [*made, _published_panel(paper, list(firsts.values()), compared)] if paper else made
 
 
-def _of_group(
-    key: str, groups: Mapping[str, Sequence[Row]], speeds: Sequence[Row], paper: Sequence[Row]
-) -> list[Panel]:
+def _of_group(own: Lines, first: Row, beside: Sequence[Panel]) -> list[Panel]:
     """Panels of scores that are comparable; the first tells where the numbers are from, the others refer to it."""
-    rows = groups[key]
-    own = lines_of(rows)
-    first = rows[0]
-    suffix = f", group {key} of {len(groups)}" if len(groups) > 1 else ""
-    made = [*_headline(own, first, _speed_of(own, speeds)), *_beside(own, first, paper), *_dimensions(own, first)]
-    made += [panel for families in FAMILIES for panel in _of_families(families, own, first)]
-    made = [replace(panel, title=panel.title + suffix) for panel in made if panel.groups]
-    if not made:
-        return []
-    apart = [captions.apart(first, others[0], other) for other, others in groups.items() if other != key]
-    whence = " ".join([*apart, captions.provenance(own, first)])
-    told = f"Evaluator, prompts, sampling and checkpoints as under “{made[0].title}”."
-    return [replace(made[0], provenance=whence), *(replace(panel, provenance=told) for panel in made[1:])]
+    made = [_headline(own, first), *beside, *_dimensions(own, first)]
+    made += [panel for families in FURTHER for panel in _of_families(families, own, first)]
+    return [panel for panel in made if panel.groups]
+
+
+def _with_speeds(own: Lines, speeds: Sequence[Row]) -> Lines:
+    """Lines with their speeds; that of a mean over training seeds is the first seed's, for seeds do not move it."""
+    found = {}
+    for line, metrics in own.items():
+        same = [row for row in speeds if (row.model, row.steps) == (line.model, line.steps)]
+        timed = next((row for row in same if line.seed in (row.seed, "mean")), None)
+        found[line] = {**metrics, SPEED: timed} if timed else metrics
+    return found
 
 
 # --- Panels of one group -------------------------------------------------------------------------------------------
 
 
-def _headline(own: Lines, first: Row, speeds: Mapping[Line, Row]) -> list[Panel]:
+def _headline(own: Lines, first: Row) -> Panel:
     """The panel of the scores that sum up, with speeds beside them."""
-    present = {metric for found in own.values() for metric in found}
+    present = keys_in(own)
     tasks = {family: [f"{family}.{task}" for task in TASKS] for family in ("shapeeval", "geneval")}
+    keys: list[str] = []  # parts alone stand in the panels after this one
+    title, caption = f"{first.evaluator}: throughput", ""
     if "shapeeval.overall" in present:
-        keys, intervals = ["shapeeval.overall", RELATIVE, *tasks["shapeeval"]], 2
-        title, caption = f"ShapeEval on {SUBJECTS[first.table]}", captions.shapeeval(own, first)
+        keys = ["shapeeval.overall", RELATIVE]
+        title, caption = f"ShapeEval on {SUBJECTS[first.table]}", captions.shapeeval(own, first, _bounded(own, keys))
     elif "geneval.overall" in present:
-        keys, intervals = ["geneval.overall", *tasks["geneval"]], 7
-        title, caption = first.evaluator, captions.geneval(first)
+        keys = ["geneval.overall", *tasks["geneval"]]
+        title, caption = first.evaluator, captions.geneval(first, _bounded(own, keys))
     elif "vbench.total" in present:
-        keys, intervals = ["vbench.total", "vbench.quality", "vbench.semantic"], 3
-        title, caption = first.evaluator, captions.vbench(first)
+        keys, count = ["vbench.total", "vbench.quality", "vbench.semantic"], captions.dimensions(first)
+        title = first.evaluator + (
+            f", {count} of {captions.OF_VBENCH} dimensions" if count < captions.OF_VBENCH else ""
+        )
+        caption = captions.vbench(first, _bounded(own, keys))
     elif any(metric.startswith("text.") for metric in present):
-        keys, intervals = [metric for metric in keys_in(own) if metric.startswith("text.")], len(present)
-        title, caption = f"Small text, {first.media}", captions.small_text(first)
-    else:  # parts alone, in the panels after this one
-        keys, intervals = [], 0
-        title, caption = f"{first.evaluator}: throughput", ""
-    if speeds:
-        own = {line: {**found, **({SPEED: speeds[line]} if line in speeds else {})} for line, found in own.items()}
+        keys = [metric for metric in present if metric.startswith("text.")]
+        title, caption = f"Small text, {first.media}", captions.small_text(first, _bounded(own, keys))
+    if speeds := {line: found[SPEED] for line, found in own.items() if SPEED in found}:
         caption = f"{caption} {captions.speed(speeds)}".strip()
-    return [_by_model(title, caption, own, [*keys, SPEED], intervals)]
+    more = tasks["shapeeval"] if "shapeeval.overall" in present else []
+    return _by_model(title, caption, own, [*keys, *more, SPEED], keys)
+
+
+def _bounded(own: Lines, keys: Collection[str]) -> bool:
+    """Whether any of the metrics has an interval."""
+    return any(found[key].low for found in own.values() for key in keys if key in found)
 
 
 def _of_families(families: tuple[str, ...], own: Lines, first: Row) -> list[Panel]:
-    """The panels of one entry of `FAMILIES`."""
+    """The panels of one entry of `FURTHER`."""
     keys = [metric for metric in keys_in(own) if metric.partition(".")[0] in families]
-    if families == DIVERSITY:
+    if families == OWN_SAMPLES:
         return _diversity(own, keys, first)
-    title, caption = FAMILIES[families]
-    intervals = 1 if families == ("shapeeval_frames",) else len(keys)
+    title, caption = FURTHER[families]
+    intervals = keys[:1] if families == ("shapeeval_frames",) else keys
     return [_by_model(title, f"{caption} {captions.kinds(own, keys)}", own, keys, intervals)]
 
 
@@ -163,50 +190,29 @@ def _dimensions(own: Lines, first: Row) -> list[Panel]:
     }
     caption = "Raw means, before they are normalised; intervals are in the CSV."
     if parts["Implemented here"]:
-        caption += " Some are implemented here too, by the official formulas with DINO and CLIP of transformers."
+        what = "Some are implemented here too," if parts["Official code"] else "They are implemented here"
+        caption += f" {what} by the official formulas with DINO and CLIP of transformers."
         row = next(found[key] for key in parts["Implemented here"] for found in own.values() if key in found)
-        caption += f" These: {captions.short(row.models)}." if row.models and row.models != first.models else ""
+        caption += f" These: {short(row.models)}." if row.models and row.models != first.models else ""
         caption += " Differences are means over the clips that both measured." if parts[_GAP] else ""
     if not any(key in totals for key in keys):
-        caption += f" {captions.how(first)}"
+        caption += f" {captions.how(first, bounded=False)}"
     title = f"{first.evaluator}: dimensions"
     return [_by_metric(title, caption, own, {name: found for name, found in parts.items() if found})]
 
 
 def _diversity(own: Lines, keys: Sequence[str], first: Row) -> list[Panel]:
-    """Diversity beside quality; a panel for each set of samples and models it was measured with."""
-    by_source: dict[tuple[str, ...], dict[Line, dict[str, Row]]] = {}
-    for line, found in own.items():
-        for key in keys:
-            if key in found:
-                row = found[key]
-                source = row.models, row.prompts_sha256, row.n_samples
-                by_source.setdefault(source, {}).setdefault(line, {})[key] = row
-    made = []
-    for index, measured in enumerate(by_source.values(), 1):
-        quality = [key for key in HEADLINES if any(key in own[line] for line in measured)]
-        quality = quality or [key for key in keys_in(own) if key.startswith("vbench_native.")]
-        beside = {
-            line: {**{key: own[line][key] for key in quality if key in own[line]}, **found}
-            for line, found in measured.items()
-        }
-        row = next(iter(next(iter(measured.values())).values()))
-        title = "Diversity" + (f", set {index} of {len(by_source)}" if len(by_source) > 1 else "")
-        caption = captions.diversity(measured, keys, row, first)
-        shown = [*quality, *keys]
-        intervals = len(shown) if len(quality) == 1 else 0
-        made.append(_by_model(title, caption, beside, shown, intervals, named=True))
-    return made
-
-
-def _speed_of(own: Lines, speeds: Sequence[Row]) -> dict[Line, Row]:
-    """Speeds by line; of a mean over training seeds the first seed's, for seeds do not move it."""
-    found: dict[Line, Row] = {}
-    for line in own:
-        for row in speeds:
-            if (row.model, row.steps) == (line.model, line.steps) and line.seed in (row.seed, "mean"):
-                found.setdefault(line, row)
-    return found
+    """Diversity beside quality."""
+    measured = {line: found for line, found in own.items() if any(key in found for key in keys)}
+    rows = [found[key] for found in measured.values() for key in keys if key in found]
+    if not rows:
+        return []
+    quality = [key for key in HEADLINES if any(key in found for found in measured.values())]
+    intervals = [*quality, *keys]
+    quality = quality or [key for key in keys_in(own) if key.startswith("vbench_native.")]
+    row = next((row for row in rows if row.value), rows[0])
+    caption = captions.diversity(measured, keys, row, first, _bounded(measured, intervals))
+    return [_by_model("Diversity", caption, measured, [*quality, *keys], intervals, named=True)]
 
 
 # --- The shapes of panels ------------------------------------------------------------------------------------------
@@ -214,7 +220,7 @@ def _speed_of(own: Lines, speeds: Sequence[Row]) -> dict[Line, Row]:
 
 def _fine(value: float) -> str:
     """Four decimals: models differ by thousandths in VBench, and the paper prints percent with two."""
-    return f"{value:.4f}"
+    return minus(f"{value:.4f}")
 
 
 def _cell(row: Row | None, interval: bool, note: str = "") -> Cell:
@@ -224,7 +230,7 @@ def _cell(row: Row | None, interval: bool, note: str = "") -> Cell:
     if row.metric == SPEED:
         return Cell(f"{value:#.3g}".rstrip("."), note)
     if row.metric.startswith(f"{NATIVE_DIFFERENCE}."):
-        return Cell(f"{value:+.4f}" if abs(value) >= 5e-5 else f"{value:+.0e}")
+        return Cell(signed(value, 4) if abs(value) >= 5e-5 or not value else minus(f"{value:+.0e}"))
     digits = _fine if row.metric.startswith(("vbench.", "vbench_native.")) else number
     note = f"[{digits(float(row.low))}, {digits(float(row.high))}]" if interval and row.low else ""
     return Cell(digits(value), note)
@@ -234,11 +240,13 @@ def _heading_of(key: str, named: bool) -> str:
     """A column's heading, with the evaluator if `named`."""
     if key == RELATIVE:
         return "÷ teacher"
-    return f"{NAMES[key]}\n{label(key).lower()}" if named and key in NAMES else _HEADINGS.get(key) or label(key)
+    return f"{HEADLINES[key]}\n{label(key).lower()}" if named and key in HEADLINES else _HEADINGS.get(key) or label(key)
 
 
-def _by_model(title: str, caption: str, own: Lines, keys: Sequence[str], intervals: int, named: bool = False) -> Panel:
-    """A line a model and number of steps, a column a metric; the first `intervals` metrics with their intervals.
+def _by_model(
+    title: str, caption: str, own: Lines, keys: Sequence[str], intervals: Collection[str], named: bool = False
+) -> Panel:
+    """A line a model and number of steps, a column a metric; those in `intervals` with their intervals.
 
     `named`: headings of scores that sum up name their evaluator, for they stand beside others.
     """
@@ -253,7 +261,7 @@ def _by_model(title: str, caption: str, own: Lines, keys: Sequence[str], interva
                 names = [Cell(line.name), *([Cell(line.seed or "–")] if seeds else []), Cell(line.steps or "–")]
                 notes = [found[key].device if several_cards and key == SPEED and key in found else "" for key in keys]
                 printed.append(
-                    [*names, *(_cell(found.get(key), i < intervals, notes[i]) for i, key in enumerate(keys))]
+                    [*names, *(_cell(found.get(key), key in intervals, notes[i]) for i, key in enumerate(keys))]
                 )
         if printed:
             groups.append((name, printed))
@@ -284,7 +292,7 @@ def _by_metric(title: str, caption: str, own: Lines, parts: Mapping[str, Sequenc
 # --- Beside the paper ----------------------------------------------------------------------------------------------
 
 
-def _published_panel(paper: Sequence[Row], compared: bool) -> Panel:
+def _published_panel(paper: Sequence[Row], firsts: Sequence[Row], compared: bool) -> Panel:
     table = paper[0].table
     lines = lines_of(paper)
     metrics = keys_in(lines)
@@ -299,6 +307,11 @@ def _published_panel(paper: Sequence[Row], compared: bool) -> Panel:
         caption = f"Copied from the paper; {captions.NOT_REPRODUCED}."
     elif compared:
         caption = "Copied from the paper; what was measured of these models stands in the panels beside the paper."
+    elif any(row.evaluator.startswith(("GenEval", "VBench")) for row in firsts):
+        caption = (
+            "Copied from the paper for orientation: nothing measured here is a whole score of one of these models at "
+            "one of these numbers of steps, so nothing is set beside them."
+        )
     else:
         caption = (
             "Copied from the paper for orientation: other models, another benchmark, other prompts. "
@@ -310,36 +323,44 @@ def _published_panel(paper: Sequence[Row], compared: bool) -> Panel:
     return Panel(PUBLISHED[table], caption, head, [("", printed)], names=2, published=True)
 
 
-def _pairs(own: Lines, paper: Sequence[Row]) -> list[tuple[Line, Row, Row]]:
-    """Measured and published rows of the same size, method, number of steps and score."""
+def _pairs(own: Lines, first: Row, paper: Sequence[Row]) -> list[tuple[Line, Row, Row]]:
+    """Measured and published rows of the same size, method, number of steps and score.
+
+    Scores of VBench with dimensions missing, and speeds of another card, have no place beside the paper's.
+    """
     found = {(row.group, row.params, row.steps.partition("×")[0], row.metric): row for row in paper}
+    whole = captions.dimensions(first) == captions.OF_VBENCH
     pairs = []
     for line, metrics in own.items():
+        params = next(iter(metrics.values())).params
         for key, row in metrics.items():
             family, _, name = key.partition(".")
-            printed = found.get((line.model, row.params, line.steps, name))
-            if family in ("geneval", "vbench") and row.params and row.value and printed is not None:
+            same = captions.CARD in row.device if key == SPEED else family in ("geneval", "vbench") and whole
+            printed = found.get((line.model, params, line.steps, name))
+            if same and params and row.value and printed is not None and printed.value:
                 pairs.append((line, row, printed))
     return pairs
 
 
 def _beside(own: Lines, first: Row, paper: Sequence[Row]) -> list[Panel]:
     """Every measured score that the paper prints too, with the difference."""
-    pairs = _pairs(own, paper)
-    if not pairs:
+    pairs = _pairs(own, first, paper)
+    if not any(row.metric != SPEED for _, row, _ in pairs):
         return []
     scale, digits = (100, 2) if first.table in PERCENT else (1, 3)
     seeds = any(line.seed == "mean" for line in own)
     printed, before = [], None
     for line, row, paper_row in pairs:
-        value, theirs = scale * float(row.value), float(paper_row.value)
-        low, high = (scale * float(bound) if bound else None for bound in (row.low, row.high))
+        timed = row.metric == SPEED
+        times, places = (1, len(paper_row.value.partition(".")[2])) if timed else (scale, digits)
+        value, theirs = times * float(row.value), float(paper_row.value)
+        low, high = (times * float(bound) if bound else None for bound in (row.low, row.high))
         inside = "–" if low is None or high is None else "yes" if low <= theirs <= high else "no"
-        note = "" if low is None else f"[{low:.{digits}f}, {high:.{digits}f}]"
+        note = "" if low is None or high is None else f"[{minus(f'{low:.{places}f}')}, {minus(f'{high:.{places}f}')}]"
         names = [line.name, *([line.seed or "–"] if seeds else []), line.steps]
         cells = [Cell(name if line != before else "") for name in names]
-        cells += [Cell(label(row.metric)), Cell(f"{value:.{digits}f}", note), Cell(paper_row.value)]
-        printed.append([*cells, Cell(f"{value - theirs:+.{digits}f}"), Cell(inside)])
+        cells += [Cell(_HEADINGS.get(row.metric) or label(row.metric)), Cell(minus(f"{value:.{places}f}"), note)]
+        printed.append([*cells, Cell(paper_row.value), Cell(signed(value - theirs, places)), Cell(inside)])
         before = line
     head = ["Model", *(["Seed"] if seeds else []), "Steps", "Score", "Measured", "Paper", "Difference", "In interval"]
     title, caption = f"Beside the paper: {first.evaluator}", captions.beside(first)

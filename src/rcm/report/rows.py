@@ -1,12 +1,11 @@
 """Tidy rows of tables: one number a row, with all that says what it may be compared with.
 
-Scores are comparable if everything in `COMPARED` is the same: then they carry the same number in the column
-`comparable`, stand in one panel, and are averaged over training seeds. Numbers of the paper carry none.
+Scores that may be compared (`rcm.report.facts`) carry the same number in the column `comparable`, stand in one panel,
+and are averaged over training seeds. Numbers of the paper carry none.
 """
 
 import csv
 import io
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -14,25 +13,17 @@ from typing import Any
 
 from rcm.artefact import UserError
 from rcm.evaluation.scores import VERSION
-from rcm.report.scores import Estimate, Run, Score, compare, in_order, ratio, reported
+from rcm.report.compared import pooled
+from rcm.report.facts import comparable, differences, evaluator, facts, listed, models, text
+from rcm.report.scores import CONTROLS, Estimate, Run, Score, compare, in_order, joined, ratio
+from rcm.report.stored import printed
 
 RELATIVE = "shapeeval.relative_to_teacher"
 NATIVE_DIFFERENCE = "vbench_native_minus_official"  # family of what the native dimensions add to the official ones
 SPEED = "throughput.fps"
-DIVERSITY = ("diversity", "pixels")  # families measured on samples of a suite of their own
-COMPARED = {  # columns that must agree in a panel, and what to call them
-    "media": "medium",
-    "evaluator": "evaluator",
-    "models": "models",
-    "protocol": "protocol",
-    "prompts_sha256": "prompts",
-    "n_prompts": "number of prompts",
-    "n_samples": "number of samples",
-    "known": "known-image check",
-    "gpus": "number of GPUs",
-    "missing": "what is missing",
-}
+OWN_SAMPLES = ("diversity", "pixels")  # families measured on samples of a suite of their own
 PERCENT = ("table2", "table3")  # tables that the paper prints in percent; table 1 is in fractions
+PRINTED = {"table1": ("overall",), "table2": ("total",), "table3": ("t2v", "i2v")}  # by which the paper's are known
 _SETTING = ("group", "model", "params", "resolution", "steps", "guided")  # columns of a published table: no metrics
 
 
@@ -58,6 +49,7 @@ class Row:
     high: str = ""
     n_prompts: str = ""
     n_samples: str = ""
+    differs: str = ""  # in what its group differs from group 1
     evaluator: str = ""
     version: str = ""
     models: str = ""  # detector, or models with the SHA-256 of their weights
@@ -66,10 +58,14 @@ class Row:
     gpus: str = ""
     missing: str = ""
     prompts_file: str = ""
+    prompts_file_sha256: str = ""
     prompts_sha256: str = ""
     bootstrap: str = ""
     device: str = ""
     versions: str = ""
+    size: str = ""  # width × height × frames
+    sampler: str = ""
+    times: str = ""  # trig times of a student's steps
     sigma_max: str = ""
     checkpoint_sha256: str = ""
     sampled: str = ""
@@ -84,9 +80,9 @@ def to_csv(rows: Iterable[Row]) -> str:
     return out.getvalue()
 
 
-def from_csv(text: str, path: str | Path = "the table") -> list[Row]:
+def from_csv(table: str, path: str | Path = "the table") -> list[Row]:
     """The rows of a file that `to_csv` wrote; `path` is named if another version wrote it."""
-    reader = csv.DictReader(io.StringIO(text))
+    reader = csv.DictReader(io.StringIO(table))
     if reader.fieldnames != [f.name for f in fields(Row)]:
         raise UserError(f"{path} has the columns of another version; make the table again")
     return [Row(**line) for line in reader]
@@ -101,30 +97,14 @@ def measured(table: str, scores: Sequence[Score], controls: Sequence[Score]) -> 
     Raises `UserError` for a score of another version of the evaluator, for one that is there twice, and for diversity
     at another sigma_max than quality.
     """
-    blocks = {"models": scores, "controls": controls}
-    found = [
-        (run, _facts(table, block, run, score), score)
-        for block, own in blocks.items()
-        for run, score in in_order(own)
-        if _checked(score)
-    ]
-    found.sort(key=lambda item: (item[1].block == "controls", item[0].order, _key(item[1])))
-    groups: dict[tuple[str, ...], list[tuple[Run, Row, Score]]] = defaultdict(list)
-    for run, facts, score in found:
-        groups[_key(facts)].append((run, facts, score))
-    return [row for number, group in enumerate(groups.values(), 1) for row in _of_group(str(number), group)]
-
-
-def _key(row: Row) -> tuple[str, ...]:
-    return tuple(getattr(row, column) for column in COMPARED)
-
-
-def comparable(scores: Iterable[Score]) -> list[list[Score]]:
-    """Scores in the order of tables, in groups within which they may be compared."""
-    groups: dict[tuple[str, ...], list[Score]] = defaultdict(list)
-    for run, score in in_order(scores):
-        groups[_key(_facts("", "models", run, score))].append(score)
-    return list(groups.values())
+    own = [score for score in (*scores, *controls) if _checked(score)]
+    groups = comparable(own)
+    rows = []
+    for number, group in enumerate(groups, 1):
+        differs = joined(differences([groups[0], group]))
+        found = [(run, _facts(table, str(number), differs, run, score), score) for run, score in in_order(group)]
+        rows += _of_group(found)
+    return rows
 
 
 def file_of(score: Score) -> str:
@@ -133,13 +113,13 @@ def file_of(score: Score) -> str:
 
 
 def _checked(score: Score) -> bool:
-    evaluator = score.get("evaluator", {})
-    if evaluator.get("version") != VERSION:
+    said = evaluator(score)
+    if said.get("version") != VERSION:
         raise UserError(
-            f"{file_of(score)} is by version {evaluator.get('version', 'unknown')} of the evaluator, and this is "
+            f"{file_of(score)} is by version {said.get('version', 'unknown')} of the evaluator, and this is "
             f"version {VERSION}; their scores do not compare: evaluate again"
         )
-    quality, diverse = (evaluator.get("sampling") or {}, (evaluator.get("diversity") or {}).get("sampling") or {})
+    quality, diverse = (said.get("sampling") or {}, (said.get("diversity") or {}).get("sampling") or {})
     if quality and diverse and quality.get("sigma_max") != diverse.get("sigma_max"):
         raise UserError(
             f"{file_of(score)} has quality at sigma_max {quality.get('sigma_max')} and diversity at "
@@ -148,107 +128,54 @@ def _checked(score: Score) -> bool:
     return True
 
 
-def _facts(table: str, block: str, run: Run, score: Score) -> Row:
+def _facts(table: str, number: str, differs: str, run: Run, score: Score) -> Row:
     """A row with all that the numbers of one score have in common."""
-    evaluator: Mapping[str, Any] = score.get("evaluator", {})
-    sampling = evaluator.get("sampling") or {}
-    missing = [str(what) for what in evaluator.get("missing") or []]
-    known = evaluator.get("known")
-    bootstrap = evaluator.get("bootstrap")
-    seed = "" if sampling.get("seed") is None else f"seed {sampling['seed']}"
-    return Row(
-        table,
-        block,
-        *("", str(score["media"]), "", run.method, _text(evaluator.get("paper"))),
-        seed="" if run.seed is None else str(run.seed),
-        setting="",
-        steps="" if block == "controls" else str(run.steps),
-        metric="",
-        kind="",
-        unit="",
-        value="",
-        n_prompts=str(score["n_prompts"]),
-        n_samples=str(score["n_samples"]),
-        evaluator=str(evaluator.get("name", "ShapeEval")),
-        version=_text(evaluator.get("version")),
-        models=_models(evaluator),
-        protocol=_text(evaluator.get("protocol")),
-        known=f"{known['score']:.3g} of {known['facts']} facts" if known else "",
-        gpus=_text(evaluator.get("gpus")),
-        missing=f"{len(missing)} ({', '.join(missing[:3])}{', …' * (len(missing) > 3)})" if missing else "",
-        prompts_file=_text(evaluator.get("prompts_file")),
-        prompts_sha256=_text(evaluator.get("prompts_sha256")),
-        bootstrap=f"{bootstrap['resamples']} resamples, seed {bootstrap['seed']}" if bootstrap else "",
-        device=_text(evaluator.get("device")),
-        versions=_listed(evaluator.get("versions")),
-        sigma_max="" if sampling.get("sigma_max") is None else f"{sampling['sigma_max']:g}",
-        checkpoint_sha256=_text(sampling.get("checkpoint_sha256")),
-        sampled=", ".join(filter(None, (seed, _text(sampling.get("precision")), _text(sampling.get("device"))))),
-    )
+    block, steps = ("controls", "") if run.method in CONTROLS else ("models", str(run.steps))
+    params, seed = text(evaluator(score).get("paper")), "" if run.seed is None else str(run.seed)
+    about = (table, block, number, str(score["media"]), "", run.method, params, seed, "", steps)
+    return Row(*about, metric="", kind="", unit="", value="", differs=differs, **facts(score))
 
 
-def _text(value: object) -> str:
-    return "" if value is None else str(value)
-
-
-def _listed(found: Mapping[str, object] | None) -> str:
-    return ", ".join(f"{key} {value}" for key, value in (found or {}).items() if value is not None)
-
-
-def _models(evaluator: Mapping[str, Any]) -> str:
-    """Detector and models with their hashes; `by` is the header of measurements."""
-    parts = []
-    for said in (evaluator.get("detector"), evaluator.get("models"), (evaluator.get("by") or {}).get("models")):
-        text = _listed(said) if isinstance(said, Mapping) else _text(said)
-        parts += [text] if text and text not in parts else []
-    return ", ".join(parts)
-
-
-def _of_group(number: str, group: Sequence[tuple[Run, Row, Score]]) -> list[Row]:
+def _of_group(group: Sequence[tuple[Run, Row, Score]]) -> list[Row]:
     """Rows of scores that are comparable."""
     teacher = next((score for run, _, score in group if run.method == "teacher"), None)
     rows: list[Row] = []
     seen: set[Run] = set()
-    for run, facts, score in group:
+    for run, common, score in group:
         if run in seen:
             raise UserError(
                 f"{file_of(score)} is a second score of {score['model']} at {score['steps']} steps; give one"
             )
         seen.add(run)
-        facts = replace(facts, comparable=number)
-        rows += _metrics(facts, run, [score], teacher)
+        rows += _metrics(common, run, [score], teacher)
         peers = [other for peer, _, other in group if (peer.method, peer.steps) == (run.method, run.steps)]
         if len(peers) > 1 and score is peers[-1]:
-            common = replace(facts, seed="mean", checkpoint_sha256="")
-            rows += _metrics(common, run, peers, teacher)
+            mean = replace(common, seed="mean", checkpoint_sha256="")
+            rows += _metrics(mean, run, peers, teacher)
     return rows
 
 
-def _metrics(facts: Row, run: Run, scores: Sequence[Score], teacher: Score | None) -> list[Row]:
+def _metrics(common: Row, run: Run, scores: Sequence[Score], teacher: Score | None) -> list[Row]:
     first = scores[0]
     rows = []
     for key, entry in first["metrics"].items():
-        if len(scores) == 1:
-            estimate = reported(first, key)
-        else:
-            values = [reported(score, key).value for score in scores]
-            estimate = compare(lambda mean: mean, key, scores) or Estimate(sum(values) / len(values))
-        rows.append(_by_others(_with(facts, key, str(entry.get("kind", "")), estimate), first, entry))
-        if key == "shapeeval.overall" and facts.block == "models" and teacher is not None and run.method != "teacher":
+        estimate = pooled(key, scores) or Estimate(float("nan"))
+        rows.append(_by_others(_with(common, key, str(entry.get("kind", "")), estimate), first, entry))
+        if key == "shapeeval.overall" and common.block == "models" and teacher is not None and run.method != "teacher":
             relative = compare(ratio, key, scores, [teacher])
             if relative is not None:
-                rows.append(_with(facts, RELATIVE, "derived", relative))
-    gaps = [score.get("evaluator", {}).get("native_minus_official") or {} for score in scores]
+                rows.append(_with(common, RELATIVE, "derived", relative))
+    gaps = [evaluator(score).get("native_minus_official") or {} for score in scores]
     for name in gaps[0]:
         gap = Estimate(sum(found.get(name, float("nan")) for found in gaps) / len(gaps))
-        rows.append(_with(facts, f"{NATIVE_DIFFERENCE}.{name}", "derived", gap))
+        rows.append(_with(common, f"{NATIVE_DIFFERENCE}.{name}", "derived", gap))
     return rows
 
 
-def _with(facts: Row, metric: str, kind: str, estimate: Estimate) -> Row:
+def _with(common: Row, metric: str, kind: str, estimate: Estimate) -> Row:
     digits = 9 if metric.startswith(f"{NATIVE_DIFFERENCE}.") else 6
     value, low, high = ("" if x != x else f"{x:.{digits}f}" for x in (estimate.value, estimate.low, estimate.high))
-    return replace(facts, metric=metric, kind=kind, unit=_unit(metric), value=value, low=low, high=high)
+    return replace(common, metric=metric, kind=kind, unit=_unit(metric), value=value, low=low, high=high)
 
 
 def _unit(metric: str) -> str:
@@ -258,20 +185,19 @@ def _unit(metric: str) -> str:
 def _by_others(row: Row, score: Score, entry: Mapping[str, Any]) -> Row:
     """Native dimensions are by models of their own, and diversity is of samples of its own too."""
     family = row.metric.partition(".")[0]
-    evaluator = score.get("evaluator", {})
-    if family == "vbench_native" and evaluator.get("native"):
-        by = evaluator["native"]
-        return replace(row, models=_models(by), device=_text(by.get("device")), versions=_listed(by.get("versions")))
-    said = evaluator.get("diversity")
-    if family not in DIVERSITY or not said:
+    by, said = (evaluator(score).get(key) for key in ("native", "diversity"))
+    if family == "vbench_native" and by:
+        return replace(row, models=models(by), device=text(by.get("device")), versions=listed(by.get("versions")))
+    if family not in OWN_SAMPLES or not said:
         return row
     return replace(
         row,
-        models=_models(said),
-        n_prompts=_text(len(said.get("satisfying", ())) or entry.get("n_prompts")),
-        n_samples=_text(said.get("samples")),
-        prompts_sha256=_text(said.get("prompts_sha256")),
+        models=models(said),
+        n_prompts=text(len(said.get("satisfying", ())) or entry.get("n_prompts")),
+        n_samples=text(said.get("samples")),
+        prompts_sha256=text(said.get("prompts_sha256")),
         prompts_file="",
+        prompts_file_sha256="",
     )
 
 
@@ -289,10 +215,10 @@ def throughput(table: str, found: Sequence[Score], rows: Sequence[Row]) -> list[
             Row(
                 *(table, "models", "", str(score["media"]), "", run.method, "", seed, "", str(run.steps)),
                 *(SPEED, "timed", "frames/s", f"{float(score['fps']):.6g}"),
-                n_samples=_text(score.get("samples")),
+                n_samples=text(score.get("samples")),
                 device=str(score["device"]),
-                versions=_listed(score.get("versions")),
-                sampled=_text(score.get("precision")),
+                versions=listed(score.get("versions")),
+                sampled=text(score.get("precision")),
             )
         )
     return made
@@ -303,15 +229,10 @@ def throughput(table: str, found: Sequence[Score], rows: Sequence[Row]) -> list[
 
 def published(table: str, path: Path) -> list[Row]:
     """Rows of a published table: digits as printed."""
-    try:
-        lines = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
-    except OSError as error:
-        raise UserError(f"the published table {path} cannot be read: {error.strerror}") from error
+    if table not in PRINTED:
+        raise UserError(f"the paper has no {table}: leave --published out")
     rows = []
-    for line in lines:
-        missing = [column for column in ("group", "model", "params", "steps", "guided") if column not in line]
-        if missing:
-            raise UserError(f"the published table {path} lacks the column {missing[0]!r}")
+    for line in printed(path, "group", "model", "params", "steps", "guided", *PRINTED[table]):
         model = line["model"]
         known = {"teacher": f"{model} (teacher)", "dmd2": f"{model} + DMD2", "rcm": f"{model} + rCM"}
         name = known.get(line["group"], model)

@@ -50,6 +50,10 @@ def make_table(
         raise UserError(f"{name} was given no scores; make them with `rcm evaluate`")
     if not MEDIA[name] and published is None:
         raise UserError(f"{name} is made of published rows alone; give their file with --published")
+    for score in (*scores, *controls):
+        if any(key.startswith("text.") for key in score["metrics"]) != (name == "table_text"):
+            what, where = ("no small text", "other tables") if name == "table_text" else ("small text", "table_text")
+            raise UserError(f"{tidy.file_of(score)} holds scores of {what}, which belong in {where}, not in {name}")
     if any("shapeeval.overall" in score["metrics"] for score in scores):
         _check(name, controls, limits)
     rows = tidy.measured(name, scores, controls)
