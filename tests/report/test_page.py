@@ -21,6 +21,7 @@ from rcm.report.page import CAPTIONS, _animated, _belongs, _media, _reduced, rep
 from rcm.report.scores import CONTROLS
 from rcm.report.tables import make_table
 
+PAPER = Path(__file__).parents[2] / "config" / "published"
 VOID = {"meta", "img", "source", "br", "link"}
 HOSTILE = "a photo of <script>alert('&')</script> {{ 7 * 7 }}"
 
@@ -82,7 +83,6 @@ def record(root: Path, path: str, stage: str, *inputs: str, seconds: float = 3.0
 def tree(
     tmp_path_factory: pytest.TempPathFactory,
     scores: dict[str, list[dict[str, Any]]],
-    published: Path,
     image_samples: list[Path],
     sampled: Callable[..., Path],
 ) -> Path:
@@ -106,7 +106,9 @@ def tree(
     for name, media in (("table1", "images"), ("table2", "clips")):
         models = [s for s in scores[media] if s["model"] not in CONTROLS]
         controls = [s for s in scores[media] if s["model"] in CONTROLS]
-        (results / "tables" / f"{name}.csv").write_text(make_table(name, models, controls, published)["csv"])
+        (results / "tables" / f"{name}.csv").write_text(
+            make_table(name, models, controls, PAPER / f"{name}.csv")["csv"]
+        )
     (results / "figures").mkdir()
     (results / "figures" / "figure_samples.png").write_bytes(figure_samples(image_samples, prompts=2))
     (results / "figures" / "figure_quality_diversity.png").write_bytes(figure_quality_diversity(scores["images"]))
@@ -222,18 +224,19 @@ def test_the_page_of_a_real_scale_names_its_evaluators(
     genevals: list[dict[str, Any]], vbenches: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     (tmp_path / "tables").mkdir()
-    paper = Path(__file__).parents[2] / "config/published"
     for name, found in (("table1", genevals), ("table2", vbenches), ("table3", [])):
-        made = make_table(name, found, [], paper / f"{name}.csv")["csv"]
+        made = make_table(name, found, [], PAPER / f"{name}.csv")["csv"]
         (tmp_path / f"tables/{name}.csv").write_text(made)
     page = Reader(report_page([*genevals, *vbenches], [tmp_path]))
     assert not re.search("ShapeEval|ShapeBench|coloured shapes|ground truth", page.text, re.IGNORECASE)
     assert "GenEval (HF Mask2Former) overall, interval 0.806 to 0.846" in page.text  # the teacher's tile
     assert "rCM, 4 steps 0.842 VBench (official code) total, interval 0.822 to 0.862" in page.text
-    assert "DMD2 and rCM at 1 and 4 steps beside the teacher, 553 prompts with 4 samples each" in page.text
+    assert (
+        "Images: DMD2 at 4 steps and rCM at 1 and 4 steps beside the teacher, 553 prompts, 2212 samples;" in page.text
+    )
     assert "944 prompts, 6220 samples" in page.text
     assert "not reproduced: the TI2V network is not part of this version" in page.text
-    assert "Prompts: evaluation_metadata.jsonl, SHA-256 5c48e0813e81." in page.text
+    assert "Prompts: SHA-256 5c48e0813e81 as they were scored, from evaluation_metadata.jsonl" in page.text
     assert {"table1", "table2", "table3"} <= set(page.ids)
 
 
@@ -253,6 +256,38 @@ def test_scores_that_cannot_be_compared_have_overviews_of_their_own(genevals: li
     assert _media(native)[0]["overviews"] == []  # nothing sums them up
 
 
+def test_a_second_sigma_max_is_a_second_overview(genevals: list[dict[str, Any]]) -> None:
+    def at(start: float, score: dict[str, Any]) -> dict[str, Any]:
+        sampling = score["evaluator"]["sampling"] | {"sigma_max": start}
+        return score | {"evaluator": score["evaluator"] | {"sampling": sampling}}
+
+    teacher, *students = genevals
+    scores = [teacher, *students, *(at(80.0, score) for score in students)]
+    (images,) = _media(scores)
+    assert [[mark.name for mark in o["marks"]] for o in images["overviews"]] == 2 * [
+        ["Teacher, 35", "DMD2, 4", "rCM, 1", "rCM, 4"]
+    ]
+    assert [overview["apart"] for overview in images["overviews"]] == ["σ_max 1600", "σ_max 80"]
+    assert "which differ in what is here: σ_max 1600." in Reader(report_page(scores, [])).text
+
+
+def test_tiles_are_of_all_seeds(scored: Callable[..., dict[str, Any]]) -> None:
+    group = [scored("teacher", 20, "images", 0.9), *(scored(f"rcm-{s}", 4, "images", 0.8, seed=s) for s in (0, 1))]
+    (overview,) = _media(group)[0]["overviews"]
+    values = [score["metrics"]["shapeeval.overall"]["value"] for score in group]
+    (tile,) = overview["students"]
+    assert tile.overall.value == pytest.approx(np.mean(values[1:])) and values[1] != values[2]
+    assert tile.share.value == pytest.approx(np.mean(values[1:]) / values[0])
+    assert "rCM, 4 steps, 2 seeds" in Reader(report_page(group, [])).text
+
+
+def test_ablations_are_no_part_of_what_is_said_first(genevals: list[dict[str, Any]]) -> None:
+    variants = [{**genevals[2], "model": f"{name}-0"} for name in ("rcm-lambda-0.1", "dmd-random-rollout")]
+    lead = Reader(report_page([*genevals, *variants], [])).text.partition("Every number")[0]
+    assert "DMD2 at 4 steps and rCM at 1 and 4 steps beside the teacher" in lead
+    assert "λ" not in lead and "random" not in lead
+
+
 def test_every_figure_stands_on_the_page_once_with_scores_or_without(tree: Path, tmp_path: Path) -> None:
     (tmp_path / "figures").mkdir()
     names = ("samples", "clips", "quality_diversity", "steps", "lambda", "rollout", "training", "precision", "own")
@@ -264,6 +299,7 @@ def test_every_figure_stands_on_the_page_once_with_scores_or_without(tree: Path,
         assert sorted(ids) == sorted(f"figure_{name}" for name in names)
     assert all(f"figure_{name}" in CAPTIONS for name in names[:-1])
     assert "λ = 0 is sCM alone" in CAPTIONS["figure_lambda"]
+    assert "ground" not in CAPTIONS["figure_quality_diversity"]  # which only the tiny world has
 
 
 def test_big_clips_are_reduced() -> None:

@@ -35,7 +35,9 @@ def figure_lambda(paths: Sequence[Path], published: Path | None = None) -> bytes
             media,
             lambda ax, medium, key: _sweep(ax, key, grouped(media[medium]), balances[medium]),
             lambda medium: [f"{steps[medium]} step{'s' * (steps[medium] != 1)}"],
-            None if published is None else (next(iter(media)), lambda ax: _figure7(ax, published)),
+            None
+            if published is None
+            else ("clips" if "clips" in media else "images", lambda ax: _figure7(ax, published)),
         )
         methods = ["scm", "rcm"] if any("scm" in own for own in balances.values()) else ["rcm"]
         handles = [*legend(methods), *teacher_legend(swept)]

@@ -17,7 +17,7 @@ from PIL import Image
 
 from rcm.artefact import UserError, read_json
 from rcm.report.compared import Contrast, contrast, grouped, is_variant, pooled, quality_name
-from rcm.report.facts import comparable
+from rcm.report.facts import comparable, differences, short
 from rcm.report.figures import chosen_prompts, sample_runs
 from rcm.report.findings import findings
 from rcm.report.panels import heading, panels
@@ -201,8 +201,14 @@ def _media(scores: Sequence[Score]) -> list[dict[str, Any]]:
     made = []
     for medium in _mediums(scores):
         groups = comparable(score for score in scores if score["media"] == medium)
-        own = [[score for score in group if headline(score)] for group in groups]
-        made.append({"name": medium, "overviews": [_overview(group) for group in own if group]})
+        groups = [own for group in groups if (own := [score for score in group if headline(score)])]
+        apart = differences(groups)
+        told = [
+            "; ".join(f"{what} {short(said[i]) or 'unknown'}" for what, said in apart.items())
+            for i in range(len(groups))
+        ]
+        overviews = [_overview(group) | {"apart": words} for group, words in zip(groups, told, strict=True)]
+        made.append({"name": medium, "overviews": overviews})
     return made
 
 
