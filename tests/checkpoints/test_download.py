@@ -499,9 +499,12 @@ def test_of_the_first_digits_the_first_download_notes_the_rest(
 def test_verify_what_was_not_downloaded(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(CONTENT)
     assert verify(tmp_path / "x") == SHA and verify(tmp_path / "x", whole=False) is None
-    (tmp_path / "x.download.json").write_text("{}")
-    with pytest.raises(UserError, match=r"x\.download\.json is damaged"):
-        verify(tmp_path / "x")
+    whole = {"source": "x", "sha256": SHA, "files": {"": {"size": len(CONTENT), "sha256": SHA}}}
+    torn = ({}, whole | {"sha256": None}, whole | {"source": 1}, whole | {"files": {"": {"size": 1, "sha256": None}}})
+    for content in torn:
+        (tmp_path / "x.download.json").write_text(json.dumps(content))
+        with pytest.raises(UserError, match=r"x\.download\.json is damaged"):
+            verify(tmp_path / "x")
 
 
 def test_what_was_put_there_by_hand_is_taken(server: Server, tmp_path: Path) -> None:

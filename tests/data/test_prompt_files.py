@@ -79,6 +79,8 @@ def test_tables(tmp_path: Path) -> None:
         ("x.txt", " \n\n", "x.txt holds no prompts"),
         ("x.jsonl", '{"prompt": "a"}\n{"prompt"\n', "x.jsonl, line 2: not JSON"),
         ("x.jsonl", "[" * 10**5, "x.jsonl, line 1: not JSON"),
+        ("x.jsonl", "1" * 5000, "x.jsonl, line 1: not JSON"),
+        ("x.jsonl", '{"prompt": "a", "seed": Infinity}', "x.jsonl, line 1: not JSON (Infinity is no number of JSON)"),
         ("x.jsonl", "\n[]", "x.jsonl, line 2: expected an object"),
         ("x.jsonl", '{"text": "a"}', "x.jsonl, line 1: 'prompt' must be a text"),
         ("x.jsonl", '{"prompt": " "}', "x.jsonl, line 1: 'prompt' must be a text"),

@@ -149,6 +149,8 @@ def _with(**changes: object) -> str:
     [
         ("{", "not JSON"),
         ("[" * 100_000, "not JSON"),
+        ("1" * 5000, "not JSON"),
+        ('{"prompt": "a dog", "seed": NaN}', r"not JSON \(NaN is no number of JSON\)"),
         ("[]", "JSON object"),
         (_with(prompt=3), "'prompt'"),
         (_with(prompt="\ud800"), "'prompt'"),

@@ -120,7 +120,7 @@ def test_broken_samples_are_named(tmp_path: Path, film: bytes) -> None:
 
 
 def test_damage_inside_a_film_is_noticed_though_all_frames_come(tmp_path: Path) -> None:
-    """Some bytes of a frame in the middle are other ones: without strictness ffmpeg makes the rest up."""
+    """Some bytes of a frame in the middle are other ones: unless told to stop ffmpeg makes the rest up."""
     import imageio_ffmpeg
 
     content = bytearray(encode(FRAMES.repeat(4, axis=0), ".mp4"))

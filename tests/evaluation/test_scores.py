@@ -147,6 +147,21 @@ def test_missing_samples_are_refused_or_named(tmp_path: Path, suite: list[prompt
         evaluate([folder], **who, allow_missing=True)
 
 
+def test_missing_samples_of_diversity_are_refused_or_named(tmp_path: Path, suite: list[prompts.Metadata]) -> None:
+    folder, several = _write(tmp_path / "r", suite[:1], 1, 1), _write(tmp_path / "d", suite[:3], 8, 1)
+    who = {"media": "images", "model": "rcm-0", "steps": 4}
+    whole = evaluate([folder], [several], **who).scores
+    (several / "00002" / "samples" / "0003.png").unlink()
+    with pytest.raises(UserError, match=r"1 of 24 samples are missing, the first 00002/samples/0003.png"):
+        evaluate([folder], [several], **who)
+    shutil.rmtree(several / "00001")
+    scores = evaluate([folder], [several], **who, allow_missing=True).scores
+    gone = scores["evaluator"]["missing"]
+    assert (len(gone), gone[0], gone[-1]) == (9, "diversity/00001/samples/0000.png", "diversity/00002/samples/0003.png")
+    first, *others = scores["per_prompt"]["diversity.vendi"]  # prompts keep their places
+    assert others == [None, None] and first == whole["per_prompt"]["diversity.vendi"][0]
+
+
 def test_broken_folders_are_named(tmp_path: Path, suite: list[prompts.Metadata]) -> None:
     with pytest.raises(UserError, match=r"nowhere"):
         list_samples([tmp_path / "nowhere"])

@@ -217,7 +217,7 @@ def test_missing_samples_are_refused_unless_allowed(tmp_path: Path) -> None:
     assert found["metrics"]["text.cer"]["value"] == 0.5
     assert found["per_prompt"]["text.cer"] == [0.0, None, 1.0]  # prompts keep their places
     assert (found["n_prompts"], found["metrics"]["text.exact"]["n_prompts"]) == (2, 2)
-    for few in (rows[:2] + [row(1, 0, 0.0)], rows[:1] + [row(2, 0, 1.0)]):
+    for few in ([*rows[:2], row(1, 0, 0.0)], [*rows[:1], row(2, 0, 1.0)]):
         with pytest.raises(UserError, match=r"1 of [34] samples are missing, the first 00001/"):
             scored(few, tmp_path)
     with pytest.raises(UserError, match="holds no samples"):

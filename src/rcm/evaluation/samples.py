@@ -210,7 +210,7 @@ def _mp4(path: Path) -> np.ndarray:
     # an absolute path is never taken for a protocol or an option; at the first damage ffmpeg stops
     reader = imageio_ffmpeg.read_frames(
         str(path.resolve()),
-        input_params=["-xerror", "-err_detect", "explode"],
+        input_params=["-xerror"],
         output_params=["-fps_mode", "passthrough"],
     )
     try:
