@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 
 from rcm.artefact import sha256_file
+from rcm.cli.config import compose
+from rcm.cli.score import _prompts_file
 from rcm.data.prompts import counting, single_object
 from rcm.evaluation.measured import write_measured
 
@@ -78,6 +80,7 @@ def test_stored_detections_become_scores(prompts: Path, outputs: Any, run: Run, 
     assert (values["geneval.single_object"], values["geneval.counting"], values["geneval.overall"]) == (0.5, 1.0, 0.75)
     assert values["diversity.clip_distance"] == 0.2 and values["diversity.vbench2"] is None
     assert (score["evaluator"]["paper"], score["evaluator"]["prompts_file"]) == ("2B", None)
+    assert score["evaluator"]["prompts_file_sha256"] is None
     assert score["evaluator"]["sampling"]["sigma_max"] == 80.0
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 4
 
@@ -196,7 +199,52 @@ def test_a_table_of_the_papers_rows_alone(run: Run, fail: Run, tmp_path: Path) -
     assert "not reproduced: the TI2V network is not part of this version" in text and "84.40" in text
     assert "--published" in fail(*table)
     (tmp_path / "x.json").write_text("{}")
-    assert "x.json holds no scores" in fail(*table[:3], "table1", "--scores", tmp_path / "x.json", *table[-2:])
+    assert "x.json holds no score, for" in fail(*table[:3], "table1", "--scores", tmp_path / "x.json", *table[-2:])
+
+
+SCORE = {"model": "rcm-0", "steps": 4, "media": "images", "n_prompts": 1, "n_samples": 1, "metrics": {}}
+SPEED = {"model": "rcm-0", "steps": 4, "media": "images", "fps": 1.0, "batch": 1, "device": "cpu"}
+
+
+@pytest.mark.parametrize(
+    ("option", "content", "said"),
+    [
+        (
+            "--scores",
+            SPEED,
+            "holds no score, for it lacks n_prompts, n_samples, metrics; expected a file that `rcm eval",
+        ),
+        ("--scores", {"model": "rcm-0", "steps": 4}, "lacks media"),
+        ("--scores", [SCORE], "holds no score"),
+        ("--throughput", SCORE, "holds no speed, for it lacks fps, batch, device; expected a file that `rcm through"),
+    ],
+)
+def test_what_is_no_score_or_speed_is_named(option: str, content: Any, said: str, fail: Run, tmp_path: Path) -> None:
+    (tmp_path / "s.json").write_text(json.dumps(SCORE))
+    (tmp_path / "x.json").write_text(json.dumps(content))
+    scores = () if option == "--scores" else ("--scores", tmp_path / "s.json")
+    words = ("table", *IMAGES[:1], "--name", "table1", *scores, option, tmp_path / "x.json", "--out-dir", tmp_path)
+    found = fail(*words)
+    assert "x.json" in found and said in found
+    if option == "--scores":
+        for name in ("figure_quality_diversity", "figure_steps", "figure_precision"):
+            drawn = fail("figure", "--name", name, "--inputs", tmp_path / "x.json", "--out", tmp_path / "x.png")
+            assert "x.json holds no" in drawn
+
+
+def test_lines_of_metrics_are_objects(fail: Run, tmp_path: Path) -> None:
+    path = tmp_path / "images" / "rcm-0" / "metrics.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text('{"role": "student", "update": 1}\n[1]\n')
+    said = fail("figure", "--name", "figure_training", "--inputs", path, "--out", tmp_path / "x.png")
+    assert "line 2 of the metrics" in said and "metrics.jsonl is no JSON object" in said
+
+
+def test_the_prompt_file_is_known_by_its_own_hash() -> None:
+    config = compose(CLIPS)
+    name, sha256 = _prompts_file(config)
+    assert (name, sha256) == ("all_dimension_longer.txt", "58ed0665de52c1bd")
+    assert _prompts_file(compose(IMAGES)) == (None, None)
 
 
 def test_only_some_figures_have_published_numbers(fail: Run, tmp_path: Path) -> None:

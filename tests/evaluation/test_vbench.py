@@ -266,6 +266,16 @@ def test_videos_without_any_object_are_not_missing(write: Callable[[Any], Path])
     assert scores["metrics"]["vbench.color"]["n_prompts"] == 1
 
 
+def test_the_number_of_samples_is_the_suites_whatever_the_filters_leave(write: Callable[[Any], Path]) -> None:
+    results = official_results()
+    results["temporal_flickering"][1] = results["temporal_flickering"][1][:1]
+    del results["color"][1][1:]
+    assert scored(write(results))["n_samples"] == 2 * len(SUITE)
+    del results["scene"][1][0]
+    assert scored(write(results), allow_missing=True)["n_samples"] == 2 * len(SUITE) - 1
+    assert scored(write(results), expected=None, allow_missing=True)["evaluator"]["samples_uncounted"]
+
+
 def test_missing_videos_are_refused_with_their_number_or_named(write: Callable[[Any], Path]) -> None:
     results = official_results()
     del results["object_class"][1][3]

@@ -93,7 +93,7 @@ def real(model: str, steps: int, media: str, metrics: dict[str, tuple[float, str
     """A score JSON of real images or clips: values with their kinds, each ± 0.02; what `evaluator` says is added."""
     sigma_max = {"images": {"teacher": 80}, "clips": {"teacher": 5000}}[media].get(model.partition("-")[0], 1600)
     checkpoint = hashlib.sha256(model.encode()).hexdigest()
-    sampling = {"checkpoint_sha256": checkpoint, "sigma_max": sigma_max, "steps": steps, "seed": 43}
+    sampling: dict[str, Any] = {"checkpoint_sha256": checkpoint, "sigma_max": sigma_max, "steps": steps, "seed": 43}
     sampling |= {"precision": "bfloat16", "device": CARD}
     sampling |= {"sampler": {"sigma_max": sigma_max}, "times": [1.558, 1.3, 1.0, 0.6][:steps]}
     sampling |= {"width": 1360, "height": 768, "frames": {"images": 1, "clips": 81}[media]}
@@ -101,7 +101,7 @@ def real(model: str, steps: int, media: str, metrics: dict[str, tuple[float, str
         section = {"sampler": "cosmos", "guidance": 4.5, "guidance_form": "conditional", "shift": 1.0, "steps": steps}
         sampling |= {"sampler": section, "times": None}
     versions = {"torch": "2.13.0", "transformers": "5.23.0"}
-    said = {
+    said: dict[str, Any] = {
         "version": VERSION,
         "device": CARD,
         "versions": versions,
@@ -133,9 +133,8 @@ MASK2FORMER = {
     "name": "GenEval (HF Mask2Former)",
     "models": {"mask2former-swin-small-coco-instance": "ab" * 32, "clip-vit-large-patch14": "cd" * 32},
     "known": {"score": 0.95, "facts": 20, "failed": ["two dogs"], "images": ["a", "b", "c", "d"]},
-    "prompts_file": "evaluation_metadata.jsonl",
+    "prompts_file": "GenEval's 553",
     "prompts_sha256": "5c48e0813e812e3c373fa5c8ed07a8f0a483be30272b4427b0559c8048e67c13",
-    "prompts_file_sha256": "5c48e0813e812e3c",
     "paper": "2B",
     "diversity": {
         "prompts_sha256": "ee" * 32,
@@ -151,7 +150,8 @@ VBENCH = {
     "models": {"vbench": "0.1.5"},
     "gpus": 1,
     "prompts_file": "all_dimension_longer.txt",
-    "prompts_sha256": "58ed0665de52c1bd" * 4,
+    "prompts_file_sha256": "58ed0665de52c1bd",
+    "prompts_sha256": "7701cd2e9cffb66b" * 4,
     "paper": "1.3B",
 }
 

@@ -66,8 +66,11 @@ def test_headline_is_the_overall_score_of_whatever_was_measured(keys: list[str],
 
 
 def test_totals_of_some_dimensions_sum_up_nothing() -> None:
-    score = {"metrics": {"vbench.total": {}}, "evaluator": {"missing": ["color", "scene", "a cat-3.mp4"]}}
-    assert lacking(score) == (["color", "scene"], ["a cat-3.mp4"])
+    score = {
+        "metrics": {"vbench.total": {}},
+        "evaluator": {"missing": ["color", "scene", "a cat-3.mp4", "prompt 3 of diversity has 18 of 20 samples"]},
+    }
+    assert lacking(score) == (["color", "scene"], ["a cat-3.mp4", "prompt 3 of diversity has 18 of 20 samples"])
     assert headline(score) is None
     assert headline(score | {"evaluator": {"missing": ["a cat-3.mp4"]}}) == "vbench.total"
 

@@ -222,13 +222,16 @@ def test_captions_say_what_moves_a_score(real: dict[str, dict[str, str]], geneva
         "mask2former-swin-small-coco-instance abababababab,",
         "on NVIDIA H100 80GB HBM3, torch 2.13.0, transformers 5.23.0",
         "Known-image check: 0.95 (19 of 20 facts).",
-        "Prompts: SHA-256 5c48e0813e81 as they were scored, from evaluation_metadata.jsonl, SHA-256 5c48e0813e812e3c.",
+        "Prompts: SHA-256 5c48e0813e81 as they were scored, from GenEval's 553.",
         "Size: 1360×768.",
         "Sampler: cosmos, guidance 4.5 (×2 evaluations a step), shift 1 (Teacher).",
         "Times: 1.558 1.3 1 0.6 (DMD2, rCM at 4); 1.558 (rCM at 1).",
         "σ_max: 80 (Teacher); 1600 (DMD2, rCM).",
     ):
         assert fact in said
+    clips = shown(real["table2"])["VBench (official code)"].provenance
+    assert "SHA-256 7701cd2e9cff as they were scored, from all_dimension_longer.txt, SHA-256 58ed0665de52c1bd." in clips
+    assert "Size: 1360×768×81." in clips
     for score in genevals:
         assert score["evaluator"]["sampling"]["checkpoint_sha256"][:12] in said
     for name in ("table1", "table2"):
@@ -494,7 +497,11 @@ def test_latex_escapes_what_it_must(made: dict[str, dict[str, str]], real: dict[
     assert "×" not in tex and "÷" not in tex and "–" not in tex
     assert tex.count("{") == tex.count("}")
     assert tex.isascii()
-    assert r"$\sigma_{\max}$: 80 (Teacher)" in tex and r"evaluation\_metadata.jsonl" in tex and "clip-vit-large" in tex
+    assert (
+        r"$\sigma_{\max}$: 80 (Teacher)" in tex
+        and r"all\_dimension\_longer.txt" in real["table2"]["tex"]
+        and "clip-vit-large" in tex
+    )
     assert " & $-$0.004 & yes" in tex
 
 

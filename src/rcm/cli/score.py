@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from rcm.artefact import UserError, atomic_file, read_json, recording, sha256_file, write_json, write_text
+from rcm.artefact import UserError, atomic_file, recording, sha256_file, write_json, write_text
 from rcm.cli.config import compose, config_dir, options
 from rcm.cli.names import model_and_steps
 
@@ -48,6 +48,7 @@ def evaluate(arguments: Namespace) -> None:
     with recording(arguments.out, arguments.results, stage="evaluate", inputs=inputs, config=numbers):
         made = _evaluated(kind, given, config, common)
         evaluator = made.scores["evaluator"]
+        evaluator["prompts_file_sha256"] = _prompts_file(config)[1]
         _check_prompts(evaluator["sampling"], given.get("prompts"))
         if evaluator["known"]:
             from rcm.evaluation import known
@@ -85,7 +86,7 @@ def _evaluated(
 
     from rcm.evaluation.measured import read_measured
 
-    numbers |= {"prompts_file": _prompts_file(config), "paper": config["evaluation"].get("paper")}
+    numbers |= {"prompts_file": _prompts_file(config)[0], "paper": config["evaluation"].get("paper")}
     measured = read_measured(given["measured"], _what(kind)) if "measured" in given else None
     if measured is None and "official" not in given:
         from rcm.cli.evaluators import taken
@@ -156,14 +157,18 @@ def _check_same(first: Mapping[str, Any] | None, second: Mapping[str, Any] | Non
             )
 
 
-def _prompts_file(config: Mapping[str, Any]) -> str | None:
-    """The name of the file that the suite's prompts come from; None where they are drawn."""
+def _prompts_file(config: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """Name and SHA-256, or its known digits, of the file that the suite's prompts come from; none if they are drawn."""
     suite = config["suites"][config["suite"]]
-    return config["checkpoints"][suite["file"]]["source"].rpartition("/")[2] if "file" in suite else None
+    if "file" not in suite:
+        return None, None
+    found = config["checkpoints"][suite["file"]]
+    return found["source"].rpartition("/")[2], found["sha256"]
 
 
 def table(arguments: Namespace) -> None:
     """Make a table in three formats, unless the controls fail."""
+    from rcm.report.stored import read_score, read_speed
     from rcm.report.tables import make_table
 
     settings = compose(arguments.overrides)["evaluation"]
@@ -173,32 +178,26 @@ def table(arguments: Namespace) -> None:
     inputs = [*chain.from_iterable(lists.values()), *published]
     outputs = {suffix: arguments.out_dir / f"{arguments.name}.{suffix}" for suffix in ("csv", "md", "tex")}
     with recording(*outputs.values(), stage="table", inputs=inputs, config={"name": arguments.name, **limits}):
-        scores, controls, times = ([_read(path) for path in paths] for paths in lists.values())
+        scores, controls = ([read_score(path) for path in lists[name]] for name in ("scores", "controls"))
+        times = [read_speed(path) for path in lists["throughput"]]
         made = make_table(arguments.name, scores, controls, arguments.published, throughput=times, **limits)
         for suffix, path in outputs.items():
             write_text(path, made[suffix])
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """A JSON object of scores or times, with its file, by which a mistake in it is named."""
-    found = read_json(path)
-    if not isinstance(found, dict) or "model" not in found:
-        raise UserError(f"{path} holds no scores; expected a file that `rcm evaluate` or `rcm throughput` wrote")
-    return {**found, "file": str(path)}
-
-
 def figure(arguments: Namespace) -> None:
     """Draw a figure."""
     from rcm.report import figures
+    from rcm.report.stored import read_rounding, read_score
 
     published = {} if arguments.published is None else {"published": arguments.published}
     if published and arguments.name not in ("figure_lambda", "figure_steps"):
         raise UserError(f"{arguments.name} has no place for the paper's numbers: leave --published out")
     inputs = [*arguments.inputs, *published.values()]
     with recording(arguments.out, stage="figure", inputs=inputs, config={"name": arguments.name}):
-        inputs = arguments.inputs
-        if arguments.name in ("figure_quality_diversity", "figure_precision"):
-            inputs = [_read(path) for path in inputs]
+        readers = {"figure_quality_diversity": read_score, "figure_precision": read_rounding}
+        read = readers.get(arguments.name)
+        inputs = [read(path) for path in arguments.inputs] if read else arguments.inputs
         drawn = getattr(figures, arguments.name)(inputs, **published)
         with atomic_file(arguments.out) as path:
             path.write_bytes(drawn)
@@ -207,9 +206,10 @@ def figure(arguments: Namespace) -> None:
 def report(arguments: Namespace) -> None:
     """Make the HTML page."""
     from rcm.report.page import report_page
+    from rcm.report.stored import read_score
 
     paths = arguments.scores or []
-    scores = [_read(path) for path in paths]
+    scores = [read_score(path) for path in paths]
     chosen = next((word for word in arguments.overrides if word.startswith("experiment=")), "experiment=tiny-images")
     scale = chosen.removeprefix("experiment=").rpartition("-")[0]
     words = [

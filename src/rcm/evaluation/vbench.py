@@ -269,6 +269,9 @@ def evaluation(
     ours = _native_videos(native)
     prompts = _prompts(expected, native, theirs)
     lacking = _missing(expected, native, theirs, prompts, allow_missing)
+    count = None if native is None else len(native.rows)
+    if native is None and expected is not None:
+        count = sum(map(expected.of, range(len(expected.prompts)))) - sum(name not in DIMENSIONS for name in lacking)
 
     draws = Draws(["+".join(dimensions) for dimensions in prompts.values()], resamples, seed)
     table = _Table(draws)
@@ -313,12 +316,14 @@ def evaluation(
         evaluator["missing"] += features.lacking(diversity)
         evaluator["diversity"] = features.block(diversity)
     results = _results(prompts, ours, theirs)
+    if count is None:  # the official code leaves out other videos of each model
+        evaluator["samples_uncounted"] = True
     scores = {
         "model": model,
         "steps": steps,
         "media": "clips",
         "n_prompts": len(prompts),
-        "n_samples": len(results) if native is None else len(native.rows),
+        "n_samples": len(results) if count is None else count,
         "metrics": table.metrics,
         "evaluator": evaluator,
         "per_prompt": table.columns,

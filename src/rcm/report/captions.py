@@ -171,7 +171,7 @@ def provenance(own: Lines, row: Row) -> str:
     devices = _by_value(own, lambda row: ", ".join(filter(None, (row.device, row.versions))))
     evaluator += f"; on {devices}" if devices else ""
     evaluator += f"; GPUs: {row.gpus}" if row.gpus else ""
-    source = f"{row.prompts_file}, SHA-256 {row.prompts_file_sha256[:16] or 'unknown'}" if row.prompts_file else ""
+    source = row.prompts_file + (f", SHA-256 {row.prompts_file_sha256[:16]}" if row.prompts_file_sha256 else "")
     prompts = f"SHA-256 {row.prompts_sha256[:12] or 'unknown'}"
     facts = {
         "Known-image check": _by_value(own, lambda row: row.known or "none") if row.evaluator in DETECTORS else "",

@@ -83,9 +83,9 @@ def headline(score: Score) -> str | None:
 
 
 def lacking(score: Score) -> tuple[list[str], list[str]]:
-    """The dimensions and the samples that are missing; samples are named by their files."""
+    """The dimensions that are missing, which are single words, and the samples."""
     named = [str(what) for what in (score.get("evaluator") or {}).get("missing") or []]
-    return [name for name in named if "." not in name], [name for name in named if "." in name]
+    return [name for name in named if name.isidentifier()], [name for name in named if not name.isidentifier()]
 
 
 def label(key: str) -> str:
