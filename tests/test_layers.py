@@ -91,7 +91,9 @@ def test_workflow_calls_stages_that_exist_with_their_options() -> None:
         lines = re.match(r"(?:\n +\".*\")+", rule.partition("shell:")[2])
         shell = "".join(re.findall(r'"(.*)"', lines[0])) if lines else ""
         if call := re.match(r"(?:python -m rcm|\{params\.launcher\}) ([a-z]+) (.*)", shell):
-            named = re.findall(r"^ +(?!then|otherwise)([a-z]+)=", rule.partition("input:")[2].partition("output:")[0], re.MULTILINE)
+            named = re.findall(
+                r"^ +(?!then|otherwise)([a-z]+)=", rule.partition("input:")[2].partition("output:")[0], re.MULTILINE
+            )
             calls.append((call[1], call[2].replace("{params.given}", " ".join(f"--{name}" for name in named))))
     assert len(calls) == len(re.findall(r"python -m rcm |launcher\} distill", text))
     by_hand = {"generate", "doctor", "plan", "adopt", "verify", "merge", "contact-sheet"}

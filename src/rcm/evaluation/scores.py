@@ -111,7 +111,7 @@ def evaluate(
         "name": "ShapeEval",
         "version": VERSION,
         "detector": f"{shapes.ShapeDetector.__name__} {shapes.SLOPE} {shapes.OFFSET}",
-        "device": "cpu",
+        "device": "CPU",
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
         "known": None,
         "prompts_sha256": sha256_of(prompts.values()),

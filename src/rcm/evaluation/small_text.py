@@ -112,7 +112,7 @@ def by() -> dict[str, Any]:
     return {
         "name": NAME,
         "models": {path.stem: sha256_file(path) for path in models},
-        "device": "cpu",
+        "device": "CPU",
         "versions": {name: importlib.metadata.version(name) for name in ("rapidocr", "onnxruntime")},
     }
 
