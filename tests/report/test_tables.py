@@ -17,6 +17,8 @@ from rcm.report.rows import from_csv, to_csv
 from rcm.report.scores import CONTROLS
 from rcm.report.tables import make_table
 
+from .conftest import CARD
+
 Scores = dict[str, list[dict[str, Any]]]
 PAPER = Path(__file__).parents[2] / "config/published"
 
@@ -304,6 +306,16 @@ def test_the_mean_of_seeds_is_the_mean_of_what_they_report(vbenches: list[dict[s
     mean = next(row for row in rows if (row.metric, row.seed) == ("vbench.color", "mean"))
     assert float(mean.value) == pytest.approx(0.85)
     assert float(mean.low) < 0.85 < float(mean.high)
+
+
+def test_seeds_are_told_apart_only_where_they_differ(genevals: list[dict[str, Any]]) -> None:
+    teacher, _, first, _ = genevals
+    scores = [teacher, first, of(first | {"model": "rcm-1"}, sampling=first["evaluator"]["sampling"] | {"seed": 7})]
+    said = next(iter(shown(make_table("table1", scores, [], None)).values())).provenance
+    assert "σ_max: 80 (Teacher); 1600 (rCM)." in said
+    assert (
+        f"Sampling: seed 43, bfloat16, {CARD} (Teacher, rCM (seed 0)); seed 7, bfloat16, {CARD} (rCM (seed 1))." in said
+    )
 
 
 def test_scores_of_text_and_others_share_no_table(genevals: list[dict[str, Any]]) -> None:

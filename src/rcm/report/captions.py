@@ -140,25 +140,22 @@ def apart(firsts: Mapping[str, Row], key: str, title: str) -> str:
 
 def _by_value(own: Lines, value: Callable[[Row], str], every: bool = False) -> str:
     """ "1600" if all models agree, else "1600 (rCM, DMD2); 5000 (Teacher)"; `every`: with names in any case."""
+    facts = {line: value(next(iter(found.values()))) for line, found in own.items() if line.seed != "mean"}
     said: dict[str, list[Line]] = defaultdict(list)
-    silent = False
-    for line, found in own.items():
-        text = value(next(iter(found.values())))
-        if text and line.seed != "mean":
+    at: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for line, text in facts.items():
+        at[line.model, line.steps].add(text)
+        if text:
             said[text].append(line)
-        silent |= not text and line.block == "models"
+    silent = any(not text and line.block == "models" for line, text in facts.items())
     if len(said) == 1 and not every and not silent:
         return next(iter(said))
-    seeds = {line.model for line in own if line.seed == "mean"}
-    values = Counter(who for lines in said.values() for who in {(line.model, line.seed) for line in lines})
+    by_seed = {model for (model, _), texts in at.items() if len(texts) > 1}
+    who = {line: line.name + f" (seed {line.seed})" * (line.model in by_seed) for line in facts}
+    values = Counter(name for lines in said.values() for name in {who[line] for line in lines})
     parts = []
     for text, lines in said.items():
-        names = dict.fromkeys(
-            line.name
-            + f" (seed {line.seed})" * (line.model in seeds)
-            + f" at {line.steps}" * (values[line.model, line.seed] > 1)
-            for line in lines
-        )
+        names = dict.fromkeys(who[line] + f" at {line.steps}" * (values[who[line]] > 1) for line in lines)
         parts.append(f"{text} ({', '.join(names)})")
     return "; ".join(parts)
 
