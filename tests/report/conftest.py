@@ -133,7 +133,7 @@ MASK2FORMER = {
     "name": "GenEval (HF Mask2Former)",
     "models": {"mask2former-swin-small-coco-instance": "ab" * 32, "clip-vit-large-patch14": "cd" * 32},
     "known": {"score": 0.95, "facts": 20, "failed": ["two dogs"], "images": ["a", "b", "c", "d"]},
-    "prompts_file": "GenEval's 553",
+    "prompts_file": "evaluation_metadata.jsonl",
     "prompts_sha256": "5c48e0813e812e3c373fa5c8ed07a8f0a483be30272b4427b0559c8048e67c13",
     "paper": "2B",
     "diversity": {

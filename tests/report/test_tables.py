@@ -224,7 +224,7 @@ def test_captions_say_what_moves_a_score(real: dict[str, dict[str, str]], geneva
         "mask2former-swin-small-coco-instance abababababab,",
         "on NVIDIA H100 80GB HBM3, torch 2.13.0, transformers 5.23.0",
         "Known-image check: 0.95 (19 of 20 facts).",
-        "Prompts: SHA-256 5c48e0813e81 as they were scored, from GenEval's 553.",
+        "Prompts: SHA-256 5c48e0813e81 as they were scored, from evaluation_metadata.jsonl.",
         "Size: 1360×768.",
         "Sampler: cosmos, guidance 4.5 (×2 evaluations a step), shift 1 (Teacher).",
         "Times: 1.558 1.3 1 0.6 (DMD2, rCM at 4); 1.558 (rCM at 1).",
