@@ -113,7 +113,7 @@ def test_the_evaluator_says_what_it_is(tmp_path: Path, suite: list[prompts.Metad
     (folder / "sampling.json").write_text(json.dumps(said | {"part": "1-of-1"}))
     scores = evaluate([folder], [folder], media="images", model="rcm-0", steps=4).scores
     evaluator = scores["evaluator"]
-    assert (evaluator["name"], evaluator["version"], evaluator["device"]) == ("ShapeEval", "1", "cpu")
+    assert (evaluator["name"], evaluator["version"], evaluator["device"]) == ("ShapeEval", "1", "CPU")
     assert evaluator["versions"]["numpy"] == np.__version__
     assert evaluator["sampling"] == evaluator["diversity"]["sampling"] == said
     assert evaluator["known"] is evaluator["paper"] is evaluator["prompts_file"] is None
