@@ -53,7 +53,6 @@ _JUDGED = 5  # videos of a prompt that the official code looks at, however many 
 _SELECTIVE = ("temporal_flickering", "color")  # leave out videos that move, or in which the object is never seen
 _SCALE = {"imaging_quality": 100.0}  # of the values of single videos; those of the others are fractions
 _SLACK = 1e-3  # cosines in float16 exceed 1
-# prompt-3.mp4; VBench-Long cuts it into prompt-3_000.mp4 or prompt-3-Scene-1_000.mp4
 _HEADER: dict[str, tuple[Callable[[Any], bool], str]] = {  # what a value must be, and its name
     "device": (lambda value: isinstance(value, str), "a text"),
     "versions": (lambda value: isinstance(value, dict), "an object"),
@@ -70,6 +69,7 @@ _HEADER: dict[str, tuple[Callable[[Any], bool], str]] = {  # what a value must b
         "an object of lists of whole numbers",
     ),
 }
+# prompt-3.mp4; VBench-Long cuts it into prompt-3_000.mp4 or prompt-3-Scene-1_000.mp4
 _VIDEO = re.compile(r"(?P<name>.+?)-(?P<index>\d{1,9})(-Scene-\d+)?(_(\d+|full))?\.\w+", re.ASCII | re.DOTALL)
 
 Videos = dict[str, dict[int, float]]  # values by name of the prompt and number of the sample
