@@ -12,6 +12,7 @@ from rcm.report.scores import (
     headline,
     in_order,
     joined,
+    keys_of,
     lacking,
     minus,
     number,
@@ -156,3 +157,9 @@ def test_what_rounds_to_nothing_has_no_sign() -> None:
     ]
     assert [signed(0.25), signed(-12.5, 1), minus("-3e-08")] == ["+0.250", "−12.5", "−3e−08"]
     assert [joined([]), joined(["a"]), joined("abc")] == ["", "a", "a, b and c"]
+
+
+def test_measures_without_any_value_are_none() -> None:
+    scores = [{"metrics": {"diversity.a": {"value": None}, "diversity.b": {"value": value}}} for value in (None, 0.0)]
+    assert keys_of(scores, "diversity") == ["diversity.b"]
+    assert keys_of(scores[:1], "diversity") == []

@@ -95,11 +95,11 @@ def label(key: str) -> str:
 
 
 def keys_of(scores: Iterable[Score], family: str) -> list[str]:
-    """The metrics of a family (`shapebench`, `diversity`, ...) that any score has, in the order of first appearance."""
-    found: dict[str, None] = {}
-    for score in scores:
-        found.update(dict.fromkeys(key for key in score["metrics"] if key.partition(".")[0] == family))
-    return list(found)
+    """The metrics of a family (`shapebench`, `diversity`, ...) that any score has a value of, as they first appear."""
+    own = ((key, entry) for score in scores for key, entry in score["metrics"].items())
+    return list(
+        dict.fromkeys(key for key, entry in own if key.partition(".")[0] == family and entry["value"] is not None)
+    )
 
 
 @dataclass(frozen=True)
