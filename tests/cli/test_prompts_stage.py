@@ -1,5 +1,6 @@
 """`rcm prompts`: suites of files, with names and dimensions, and of scenes with a word in them."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -23,6 +24,14 @@ def files(tmp_path: Path) -> tuple[object, ...]:
 
 def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_geneval_is_the_official_file(run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "evaluation_metadata.jsonl"
+    run("prompts", "experiment=cosmos-predict2-2b-images", "suite=report", "--out", out)
+    assert len(lines(out)) == 553
+    official = "5c48e0813e812e3c373fa5c8ed07a8f0a483be30272b4427b0559c8048e67c13"
+    assert hashlib.sha256(out.read_bytes()).hexdigest() == official
 
 
 def test_vbench(files: tuple[object, ...], run: Run, tmp_path: Path) -> None:

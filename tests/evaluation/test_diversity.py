@@ -49,6 +49,25 @@ def test_pixel_distance() -> None:
     assert diversity.pixel_distance(images) == pytest.approx((0.2 + 1.0 + 0.8) / 3)
 
 
+def test_recall_and_coverage_by_hand() -> None:
+    real = np.array([[0.0], [1.0], [2.0], [3.0], [10.0]])  # third nearest others: 3, 2, 2, 3 and 9 away
+    made = real[:4]  # 3, 2, 2 and 3 away: 10 is out of reach of 3
+    assert diversity.recall(real, made) == pytest.approx(4 / 5)
+    assert diversity.coverage(real, made) == 1  # 3 is within the 9 of 10
+    assert diversity.recall(real, np.zeros((8, 1))) == pytest.approx(1 / 5)  # one picture eight times
+    assert diversity.coverage(real, np.zeros((8, 1))) == pytest.approx(4 / 5)
+
+
+def test_one_mode_lowers_recall_and_coverage() -> None:
+    caption = prompts.evaluation_suite(prompts.TINY, seed=5, per_task=1)[0]
+    rng = np.random.default_rng(7)
+    scenes = [world.sample_scene(caption, rng) for _ in range(diversity.MINIMUM)]
+    true = diversity.of_prompt([Clip(world.render(scene)) for scene in scenes], caption)
+    same = diversity.of_prompt([Clip(world.render(scenes[0]))] * diversity.MINIMUM, caption)
+    for key in ("prior.recall", "prior.coverage"):
+        assert same[key] < 0.2 < 0.4 < true[key], key
+
+
 def test_hidden_factors_are_those_of_the_scene() -> None:
     rng = np.random.default_rng(5)
     for caption in prompts.evaluation_suite(prompts.TINY, seed=5, per_task=4):

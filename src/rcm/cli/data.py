@@ -53,7 +53,7 @@ def _listed(arguments: Namespace, suite: Mapping[str, Any]) -> list[dict[str, An
 
 def _drawn(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The captions of a suite."""
-    from rcm.data.prompts import VOCABULARIES, evaluation_suite, training_suite
+    from rcm.data.prompts import VOCABULARIES, evaluation_suite, geneval, training_suite
     from rcm.data.text_prompts import text_prompts
 
     suite, common = config["suites"][config["suite"]], config["prompts"]
@@ -63,6 +63,8 @@ def _drawn(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     options = {"seed": suite["seed"], "media": config["media"], "still": common["still"]}
     if config["suite"] == "train":
         return training_suite(vocabulary, number=suite["prompts"], weights=suite["weights"], **options)
+    if "draws" in suite:
+        return geneval(vocabulary, seed=suite["seed"], n=suite["draws"])
     return evaluation_suite(vocabulary, per_task=suite["per_task"], **options)
 
 

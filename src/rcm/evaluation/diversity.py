@@ -10,14 +10,16 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
+import cv2
 import numpy as np
+from scipy.spatial.distance import cdist
 from scipy.stats import hypergeom
 
 from rcm.data import world
 from rcm.evaluation.fidelity import background, redraw
 from rcm.evaluation.geneval import THRESHOLD
 from rcm.evaluation.shapebench import Clip, mover
-from rcm.evaluation.shapes import ShapeDetection
+from rcm.evaluation.shapes import ShapeDetection, lab
 
 MINIMUM = 8  # satisfying samples that a prompt needs, and the number that measures refer to
 FACTORS = ("cell", "color", "fill", "background")
@@ -25,6 +27,9 @@ _LEVELS = 4  # parts of the range of grey levels
 _SHARP = 0.6  # sharpness below which fills cannot be told apart; then the fill is "unclear"
 _DRAWS = 64  # random subsets where there is no closed form
 _PRIOR_SCENES = 2000
+_REFERENCES = 32  # scenes of a caption, for recall and coverage
+_BLOCKS = 8  # a side: parts of a picture whose mean colours are its features
+_NEAREST = 3
 
 Factors = dict[str, Hashable]
 
@@ -130,6 +135,33 @@ def pixel_distance(images: Sequence[np.ndarray]) -> float:
     return float(np.sqrt(distances[np.triu_indices(len(flat), 1)]).mean())
 
 
+def appearance(frames: Sequence[np.ndarray]) -> np.ndarray:
+    """Features of pictures uint8 (H, W, 3): the mean colour of each of 8 x 8 blocks, CIELAB (N, 192)."""
+    blocks = [cv2.resize(frame, (_BLOCKS, _BLOCKS), interpolation=cv2.INTER_AREA) for frame in frames]
+    return np.stack([lab(block).ravel() for block in blocks]).astype(np.float64)
+
+
+def _radii(features: np.ndarray) -> np.ndarray:
+    """Distance of each to its third nearest other one (N,)."""
+    return np.sort(cdist(features, features), axis=1)[:, _NEAREST]
+
+
+def recall(real: np.ndarray, made: np.ndarray) -> float:
+    """Share of real samples (M, D) within reach of a made one (N, D), as far as its third nearest made neighbour.
+
+    Kynkaanniemi et al., arXiv 1904.06991, with k = 3.
+    """
+    return float((cdist(real, made) <= _radii(made)).any(axis=1).mean())
+
+
+def coverage(real: np.ndarray, made: np.ndarray) -> float:
+    """Share of real samples (M, D) that have a made one (N, D) as near as their third nearest real neighbour.
+
+    Naeem et al., arXiv 2002.09797, with k = 3.
+    """
+    return float((cdist(real, made).min(axis=1) <= _radii(real)).mean())
+
+
 def _over_subsets(measure: Callable[[np.ndarray], float], n: int, seed: int) -> float | None:
     """Mean of a measure of `MINIMUM` of n samples over random subsets; None if there are fewer."""
     if n < MINIMUM:
@@ -144,8 +176,9 @@ def of_prompt(clips: Sequence[Clip], metadata: Mapping[str, Any], seed: int = 0)
     """All measures over samples of one prompt; `clips` are those that satisfy it.
 
     `diversity.*`: entropies in bits and the Vendi score of the hidden factors, more is more diverse. `prior.*`: total
-    variation between the samples' factors and the world's, less is better; even ground truth is above 0 with so few
-    samples, so compare with the control. `pixels.distance`: secondary.
+    variation between the samples' factors and the world's, less is better; recall and coverage of the world's pictures
+    by the samples' first frames, more is better. Even ground truth does not reach 0 and 1 with so few samples, so
+    compare with the control. `pixels.distance`: secondary.
     """
     seen = [(clip, factors) for clip in clips if (factors := hidden_factors(clip, metadata)) is not None]
     n = len(seen)
@@ -157,8 +190,22 @@ def of_prompt(clips: Sequence[Clip], metadata: Mapping[str, Any], seed: int = 0)
         values[f"prior.{name}_distance"] = _distance(column, expected.get(name, {}), seed)
     kernel = attribute_kernel([factors for _, factors in seen])
     values["diversity.vendi"] = _over_subsets(lambda chosen: vendi(kernel[np.ix_(chosen, chosen)]), n, seed)
+    values |= _reached([clip.frames[0] for clip, _ in seen], metadata, seed)
     values["pixels.distance"] = pixel_distance([clip.frames for clip, _ in seen]) if n >= MINIMUM else None
     return values
+
+
+def _reached(frames: Sequence[np.ndarray], metadata: Mapping[str, Any], seed: int) -> dict[str, float | None]:
+    """Recall and coverage of scenes of the caption."""
+    if len(frames) < MINIMUM:
+        return {"prior.recall": None, "prior.coverage": None}
+    rng = np.random.default_rng(0)
+    real = appearance([world.render(world.sample_scene(metadata, rng))[0] for _ in range(_REFERENCES)])
+    made = appearance(frames)
+    return {
+        "prior.recall": _over_subsets(lambda chosen: recall(real, made[chosen]), len(made), seed),
+        "prior.coverage": _over_subsets(lambda chosen: coverage(real, made[chosen]), len(made), seed),
+    }
 
 
 def _distance(column: Sequence[Hashable], expected: Mapping[Hashable, float], seed: int) -> float | None:

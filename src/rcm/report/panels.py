@@ -36,8 +36,9 @@ FURTHER = {  # panels after the headline and the dimensions: families of metrics
     OWN_SAMPLES: ("Diversity", ""),
     ("prior",): (
         "Distance from the world",
-        "Total variation between the samples' hidden factors and the world's, less is better. With so few samples even "
-        "ground truth is not at 0, so compare with it.",
+        "Total variation between the samples' hidden factors and the world's, less is better; recall and coverage of "
+        "the world's pictures by eight samples (k = 3, colours of 8 × 8 blocks of the first frame), more is "
+        "better. With so few samples even ground truth is not at 0 and 1, so compare with it.",
     ),
     ("fidelity",): (
         "Fidelity",
