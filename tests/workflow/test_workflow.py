@@ -166,45 +166,48 @@ def test_lint(snakemake: Run) -> None:
     assert run.returncode == 0, run.stdout + run.stderr
 
 
+MISTAKES: list[tuple[tuple[str, ...], str]] = [  # --config, and what is said
+    (("foo=1",), r"configuration key 'foo' \(given: 1\) is unknown; allowed: scale, methods"),
+    (
+        ("scale=cosmos",),
+        r"configuration key 'scale' is \"cosmos\"; allowed: the scales .*cosmos-predict2-0.6b, .*tiny",
+    ),
+    (("overrides=[teacher.step=3]",), r"'teacher.step' .* did you mean 'teacher.steps'"),
+    (("steps=[5, 8]",), r"configuration key 'steps' contains 5; .*up to 4 steps for images, .*mid_times .*and 8"),
+    (
+        ("scale=cosmos-predict2-2b", "tables=[table2]"),
+        r"'tables' contains \"table2\", which is made of clips; .*images only",
+    ),
+    (
+        ("scale=cosmos-predict2-2b", "controls=[oracle, shuffled]"),
+        r"'controls' is \[\"oracle\", \"shuffled\"\]; .*cosmos-predict2-2b: \[\], for its prompts have no ground",
+    ),
+    (("tables=[table1, table_text]",), r"'tables' contains \"table_text\"; .*the tiny world has no letters"),
+    (
+        ("scale=wan2.1-1.3b", "overrides=[evaluation.scorer=geneval-mmdet]"),
+        r"'evaluation.scorer' is \"geneval-mmdet\"; allowed: vbench or vbench-long or vbench-native, for",
+    ),
+    (
+        ("scale=wan2.1-1.3b", "overrides=[evaluation.scorer=vbench-native]"),
+        r"'figures' contains \"figure_steps\"; allowed with evaluation.scorer vbench-native, which has no total",
+    ),
+    (("scale=wan2.1-14b", "overrides=[frames=80]"), r"'frames' is 80; allowed: .*1 \+ a multiple of codec.stride"),
+    (("overrides=[distillation.student_updates=50]",), r"'distillation.scm_only' is 200; .*student_updates \(50\)"),
+    (('overrides=["sampler.mid_times=[1.3]"]', "steps=[1]"), r"'objective.rollout_times' is \[1.3\]"),
+    (("nproc=0",), r"'nproc' is 0; allowed: an integer of at least 1"),
+    (("nproc=3", "overrides=[parallel.context=2]"), r"'nproc' is 3; .*parallel, 1 x whatever remains x 2"),
+    (("nproc=2", "overrides=[parallel.shard=1]"), r"'nproc' is 2; .*parallel, 1 x 1 x 1"),
+    (
+        ("methods=[dmd2]", 'overrides=["distillation.discriminator.layers=[9]"]', "clips=all"),
+        r"discriminator.layers'",
+    ),
+    (("controls=[oracle]",), r"'controls' is \[\"oracle\"\]; .*missing: shuffled"),
+]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
-    [
-        (("foo=1",), r"configuration key 'foo' \(given: 1\) is unknown; allowed: scale, methods"),
-        (
-            ("scale=cosmos",),
-            r"configuration key 'scale' is \"cosmos\"; allowed: the scales .*cosmos-predict2-0.6b, .*tiny",
-        ),
-        (("overrides=[teacher.step=3]",), r"'teacher.step' .* did you mean 'teacher.steps'"),
-        (("steps=[5, 8]",), r"configuration key 'steps' contains 5; .*up to 4 steps for images, .*mid_times .*and 8"),
-        (
-            ("scale=cosmos-predict2-2b", "tables=[table2]"),
-            r"'tables' contains \"table2\", which is made of clips; .*images only",
-        ),
-        (
-            ("scale=cosmos-predict2-2b", "controls=[oracle, shuffled]"),
-            r"'controls' is \[\"oracle\", \"shuffled\"\]; .*cosmos-predict2-2b: \[\], for its prompts have no ground",
-        ),
-        (("tables=[table1, table_text]",), r"'tables' contains \"table_text\"; .*the tiny world has no letters"),
-        (
-            ("scale=wan2.1-1.3b", "overrides=[evaluation.scorer=geneval-mmdet]"),
-            r"'evaluation.scorer' is \"geneval-mmdet\"; allowed: vbench or vbench-long or vbench-native, for",
-        ),
-        (
-            ("scale=wan2.1-1.3b", "overrides=[evaluation.scorer=vbench-native]"),
-            r"'figures' contains \"figure_steps\"; allowed with evaluation.scorer vbench-native, which has no total",
-        ),
-        (("scale=wan2.1-14b", "overrides=[frames=80]"), r"'frames' is 80; allowed: .*1 \+ a multiple of codec.stride"),
-        (("overrides=[distillation.student_updates=50]",), r"'distillation.scm_only' is 200; .*student_updates \(50\)"),
-        (('overrides=["sampler.mid_times=[1.3]"]', "steps=[1]"), r"'objective.rollout_times' is \[1.3\]"),
-        (("nproc=0",), r"'nproc' is 0; allowed: an integer of at least 1"),
-        (("nproc=3", "overrides=[parallel.context=2]"), r"'nproc' is 3; .*parallel, 1 x whatever remains x 2"),
-        (("nproc=2", "overrides=[parallel.shard=1]"), r"'nproc' is 2; .*parallel, 1 x 1 x 1"),
-        (
-            ("methods=[dmd2]", 'overrides=["distillation.discriminator.layers=[9]"]', "clips=all"),
-            r"discriminator.layers'",
-        ),
-        (("controls=[oracle]",), r"'controls' is \[\"oracle\"\]; .*missing: shuffled"),
-    ],
+    [pytest.param(*case, marks=[] if number < 7 else pytest.mark.slow) for number, case in enumerate(MISTAKES)],
 )
 def test_a_mistake_is_one_sentence(snakemake: Run, words: tuple[str, ...], message: str) -> None:
     run = snakemake("-n", "--config", *words)
