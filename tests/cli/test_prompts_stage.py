@@ -34,6 +34,14 @@ def test_geneval_is_the_official_file(run: Run, tmp_path: Path) -> None:
     assert hashlib.sha256(out.read_bytes()).hexdigest() == official
 
 
+def test_diversity_is_spread_over_the_file(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "long.txt").write_text("".join(f"prompt {k}\n" for k in range(10)))
+    out = tmp_path / "diversity.jsonl"
+    chosen = ("suite=diversity", "suites.diversity.prompts=4", "--source", tmp_path / "long.txt")
+    run("prompts", EXPERIMENT, *chosen, "--out", out)
+    assert [line["prompt"] for line in lines(out)] == ["prompt 0", "prompt 2", "prompt 5", "prompt 7"]
+
+
 def test_vbench(files: tuple[object, ...], run: Run, tmp_path: Path) -> None:
     out = tmp_path / "report.jsonl"
     run("prompts", EXPERIMENT, "suite=report", "suites.report.prompts=2", *files, "--out", out)

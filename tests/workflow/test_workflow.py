@@ -217,6 +217,21 @@ def test_a_mistake_is_one_sentence(snakemake: Run, words: tuple[str, ...], messa
     assert "Traceback" not in output
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("target", "scale", "message"),
+    [
+        ("table1", "wan2.1-1.3b", "the target table1 is made of images; the scale wan2.1-1.3b has clips only"),
+        ("table_text", "tiny", "there is no target table_text at the scale tiny"),
+    ],
+)
+def test_a_target_that_a_scale_lacks(snakemake: Run, target: str, scale: str, message: str) -> None:
+    run = snakemake("-n", target, "--config", f"scale={scale}")
+    output = run.stdout + run.stderr
+    assert run.returncode == 1 and message in output, output
+    assert "Traceback" not in output
+
+
 @pytest.fixture(scope="module")
 def trained(snakemake: Run, copy: Path) -> str:
     """One file of a student that Snakemake takes for trained."""

@@ -68,6 +68,12 @@ def check_pipeline():
                 f"configuration key '{key}' contains {json.dumps(name)}, which is made of {', '.join(lacking)}; the "
                 f"scale {config['scale']} has {' and '.join(media_of(config['scale']))} only"
             )
+    for name in sorted({*NEEDS} & {*sys.argv[1:]}):
+        if lacking := NEEDS[name] - {*media_of(config["scale"])}:
+            raise UserError(
+                f"the target {name} is made of {', '.join(lacking)}; the scale {config['scale']} has "
+                f"{' and '.join(media_of(config['scale']))} only"
+            )
     clips = {"table2", "figure_clips"} & {*config["tables"], *config["figures"]}
     if clips and config["clips"] not in ("all", *config["methods"]):
         raise UserError(
@@ -107,6 +113,8 @@ def check_controls(scorer):
             f"configuration key 'controls' is {json.dumps(config['controls'])}; allowed at the scale {config['scale']}: "
             "[], for its prompts have no ground truth"
         )
+    if scorer == "shapes" and "table_text" in sys.argv[1:]:
+        raise UserError("there is no target table_text at the scale tiny, for the tiny world has no letters")
     if scorer == "shapes" and "table_text" in config["tables"]:
         raise UserError(
             "configuration key 'tables' contains \"table_text\"; allowed at the scale tiny: those without it, for the "
@@ -198,8 +206,8 @@ READS = {
     "sample student": (*SAMPLE, *DRAWN, "suites.{suite}", "inference.format"),
     "sample teacher": (*SAMPLE, *DRAWN, "network", "teacher", "suites.{suite}", "inference.format"),
     "sample control": (*SAMPLE, "suites.{suite}", "inference.format"),
-    "measure": ("media", "inference.device"),
-    "official": ("media", "suites.report", "evaluation.scorer", "evaluation.allow_missing"),
+    "measure": ("media",),
+    "official": ("media", "suites.report", "evaluation.scorer"),
     "evaluate": ("media", "evaluation"),
     "throughput": (*SAMPLE, *DRAWN, "network", "teacher", "evaluation.throughput"),
     "precision": (*SAMPLE, "network", "teacher", "suites.{suite}.seed", "evaluation.precision"),
@@ -209,7 +217,7 @@ READS = {
 # ... except for these, which change no weights and no scores
 FREE = {
     "evaluate": {
-        "evaluation": ("precision", "throughput", "known_at_least", "oracle_at_least", "floor_at_most"),
+        "evaluation": ("precision", "throughput", "oracle_at_least", "floor_at_most"),
     },
     "table": {"evaluation": ("precision", "throughput", "known_at_least", "bootstrap")},
     "distill": {
@@ -350,8 +358,8 @@ def parts(kind, suite):
 def elsewhere(python, needs):
     """For shell: say in one sentence where an environment of Snakemake's lacks, `needs` being a module of it."""
     return (
-        f'"${{{{CONDA_PREFIX:-}}}}/bin/python" -c "import {needs}" 2> /dev/null || {{{{ echo "{python}: error: there is no '
-        f'{needs} here: call snakemake with --sdm conda, which makes its environment from workflow/envs/"; exit 1; }}}}; '
+        f'"${{{{CONDA_PREFIX:-}}}}/bin/python" -c "import {needs}" || {{{{ echo "{python}: error: {needs} cannot be imported '
+        f'here: call snakemake with --sdm conda, which makes its environment from workflow/envs/"; exit 1; }}}}; '
     )
 
 

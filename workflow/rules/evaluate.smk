@@ -122,7 +122,7 @@ rule evaluate:
         # of those that an official evaluator has looked at, how they were made
         samples=parts("samples", "report") if by("shapes", *OFFICIAL) else [],
         measured=[] if by("shapes", "geneval-mmdet") else parts("measured", "report"),
-        official=f"<results>/{{media}}/official/{{model}}.{ENDING}" if by(*OFFICIAL) else [],
+        official=f"<results>/{{media}}/official/{SCORER}/{{model}}.{ENDING}" if by(*OFFICIAL) else [],
         # the diversity of ground truth is the most there can be; of the other controls it says nothing
         diversity=branch(
             lambda wildcards: wildcards.model in ("codec-0", "shuffled-0"),

@@ -69,7 +69,7 @@ if by(*OFFICIAL):
         threads: 1
         resources:
             mem_mb=2000,
-            runtime=120,
+            runtime=480,
         params:
             cfg=numbers("official"),
             code=code("arrange"),
@@ -104,7 +104,7 @@ if by("geneval-mmdet"):
             samples=rules.arrange_official.output,
             known=rules.known_photographs.output,
         output:
-            "<results>/{media}/official/{model}.jsonl",
+            f"<results>/{{media}}/official/{SCORER}/{{model}}.jsonl",
         log:
             "<logs>/{media}/official/{model}.log",
         benchmark:
@@ -118,7 +118,8 @@ if by("geneval-mmdet"):
             gpu=1,
         params:
             cfg=numbers("official"),
-            least=FIRST["evaluation"]["known_at_least"],
+            # free, as `threads` is not compared: `evaluate` decides anew by what is stored
+            least=lambda wildcards, threads: FIRST["evaluation"]["known_at_least"],
         message:
             "Let GenEval's own code look at {wildcards.media} of {wildcards.model}"
         shell:
@@ -134,7 +135,7 @@ if by("vbench", "vbench-long"):
             samples=rules.arrange_official.output,
             info=fetched("prompts_info"),
         output:
-            "<results>/{media}/official/{model}.json",
+            f"<results>/{{media}}/official/{SCORER}/{{model}}.json",
         log:
             "<logs>/{media}/official/{model}.log",
         benchmark:
@@ -149,7 +150,8 @@ if by("vbench", "vbench-long"):
         params:
             cfg=numbers("official"),
             protocol=f"--protocol {SCORER} --still-samples {FIRST['suites']['report'].get('still_samples', 0)}",
-            missing="--allow-missing" if FIRST["evaluation"]["allow_missing"] else "",
+            # free, as `threads` is not compared: `evaluate` decides anew
+            missing=lambda wildcards, threads: "--allow-missing" if FIRST["evaluation"]["allow_missing"] else "",
         message:
             "Let VBench's own code look at {wildcards.media} of {wildcards.model}"
         shell:

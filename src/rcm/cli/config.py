@@ -29,7 +29,7 @@ from rcm.cli.evaluators import NAMES, WEIGHTS, subject
 from rcm.tree import config_dir as config_dir
 from rcm.tree import options as options
 
-GROUPS = ("experiment", "objective", "network", "codec", "text", "pretrain")
+GROUPS = ("experiment", "objective", "network", "codec", "text", "pretrain", "prompts_vbench")
 PIXELS = 48  # sides of a picture of the tiny world: `rcm.data.world.SIZE`, without what that imports
 
 

@@ -34,21 +34,25 @@ def prompts(arguments: Namespace) -> None:
     numbers = {"suite": config["suite"], "media": config["media"], "prompts": config["prompts"], **suite}
     inputs = [path for path in (source, arguments.names, arguments.info) if path is not None]
     with recording(arguments.out, stage="prompts", inputs=inputs, config=numbers, seed=suite["seed"]):
-        chosen = _drawn(config) if source is None else _listed(arguments, suite)
+        chosen = _drawn(config) if source is None else _listed(arguments, config)
         write_text(arguments.out, to_jsonl(chosen))
 
 
-def _listed(arguments: Namespace, suite: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The first prompts of a file, as many as the suite wants."""
+def _listed(arguments: Namespace, config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The first prompts of a file, as many as the suite wants; those of the suite `diversity` from all parts of it."""
     from rcm.data.prompt_files import read_prompt_file
     from rcm.data.vbench_prompts import vbench_prompts
 
+    suite = config["suites"][config["suite"]]
     if arguments.names is None:
         prompts = read_prompt_file(arguments.source)
     else:
         still = suite.get("still_samples")
         prompts = vbench_prompts(arguments.source, arguments.names, arguments.info, still_samples=still)
-    return prompts[: suite.get("prompts")]
+    count = suite.get("prompts") or len(prompts)
+    if config["suite"] == "diversity":  # VBench's file begins with still scenes
+        return [prompts[k * len(prompts) // count] for k in range(min(count, len(prompts)))]
+    return prompts[:count]
 
 
 def _drawn(config: Mapping[str, Any]) -> list[dict[str, Any]]:

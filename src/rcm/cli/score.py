@@ -42,7 +42,10 @@ def evaluate(arguments: Namespace) -> None:
     numbers = {"media": config["media"], "scorer": kind, **common}
     read = given
     if "official" in given:  # its samples were judged elsewhere; how they were made is all that is read of them
-        read = {**given, "samples": [folder / SAMPLING for folder in given.get("samples", ())]}
+        read = {
+            **given,
+            "samples": [path for folder in given.get("samples", ()) if (path := folder / SAMPLING).exists()],
+        }
     files = [[value] if isinstance(value, Path) else value for name, value in read.items() if name != "weights"]
     inputs = [*chain.from_iterable(files), *given.get("weights", {}).values()]
     with recording(arguments.out, arguments.results, stage="evaluate", inputs=inputs, config=numbers):
