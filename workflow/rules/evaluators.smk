@@ -149,6 +149,7 @@ if by("vbench", "vbench-long"):
             gpu=1,
         params:
             cfg=numbers("official"),
+            kept=f"resume/{SCALE}/{{media}}/official-{SCORER}/{{model}}",
             protocol=f"--protocol {SCORER} --still-samples {FIRST['suites']['report'].get('still_samples', 0)}",
             # free, as `threads` is not compared: `evaluate` decides anew
             missing=lambda wildcards, threads: "--allow-missing" if FIRST["evaluation"]["allow_missing"] else "",
@@ -157,4 +158,4 @@ if by("vbench", "vbench-long"):
         shell:
             "{{ "
             + elsewhere("vbench_official", "vbench")
-            + '"$CONDA_PREFIX/bin/python" workflow/scripts/vbench_official.py --samples {input.samples} --info {input.info} {params.protocol} {params.missing} --out {output}; }} > {log} 2>&1'
+            + '"$CONDA_PREFIX/bin/python" workflow/scripts/vbench_official.py --samples {input.samples} --info {input.info} {params.protocol} {params.missing} --kept {params.kept} --out {output}; }} > {log} 2>&1'

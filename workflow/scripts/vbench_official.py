@@ -9,10 +9,12 @@ videos, and appearance style takes the last frame of each. What the code does no
      "missing": [videos], "failed": {dimension: why}, "static": {prompt: [samples that pass the filter of flicker]},
      "results": {dimension: [score, [videos]]}}
 
-A dimension that fails does not stop the others. It imports nothing of this project.
+A dimension that fails does not stop the others; what they found stays in the folder --kept, and is taken from there
+when it is run again on the same videos. It imports nothing of this project.
 """
 
 import argparse
+import fcntl
 import glob
 import hashlib
 import importlib
@@ -25,6 +27,8 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -90,14 +94,25 @@ def linked(samples: Path, names: list[str], folder: Path, allow_missing: bool) -
     return missing
 
 
+@contextmanager
+def alone() -> Iterator[Any]:
+    """VBench's utilities, while no other process of this machine or file system fetches weights: they come in place."""
+    utils = importlib.import_module("vbench.utils")
+    cache = Path(utils.CACHE_DIR).expanduser()
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / ".fetching").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield utils
+
+
 def keep_static(videos: Path, work: Path, device: str) -> tuple[Path, dict[str, list[int]]]:
     """The official filter of flicker: of each prompt the first five videos that stand still, numbered anew.
 
     Returns their folder and the numbers that they had.
     """
-    utils = importlib.import_module("vbench.utils")
     code = importlib.import_module("vbench.cli.static_filter")
-    utils.init_submodules(["dynamic_degree"])  # fetches RAFT
+    with alone() as utils:
+        utils.init_submodules(["dynamic_degree"])  # fetches RAFT
     code.DEVICE = device
     code.static_filter(
         argparse.Namespace(
@@ -165,6 +180,8 @@ def evaluated(dimension: str, videos: Path, info: Path, work: Path, protocol: st
         kind, mode = importlib.import_module("vbench2_beta_long").VBenchLong, "long_vbench_standard"
     import torch
 
+    with alone() as utils:
+        utils.init_submodules([dimension])
     bench = kind(torch.device(device), str(info), str(work / "results"))
     bench.evaluate(videos_path=str(videos), name=dimension, dimension_list=[dimension], mode=mode, **options)
     path = work / "results" / f"{dimension}_eval_results.json"
@@ -196,6 +213,35 @@ def device_name(device: str) -> str:
     if not torch.cuda.is_available():
         raise Refused("no GPU is visible; run on a machine with one, or give --device cpu")
     return str(torch.cuda.get_device_name(torch.device(device)))
+
+
+def nothing_to_judge(dimension: str, error: Exception) -> bool:
+    """Whether a dimension failed for what the videos show, and would again."""
+    return isinstance(error, Refused) or (dimension == "color" and isinstance(error, ZeroDivisionError))
+
+
+def identity_of(header: dict[str, Any], videos: Path) -> str:
+    """What results that are kept belong to."""
+    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(videos.iterdir())]
+    return hashlib.sha256(json.dumps([header, files]).encode()).hexdigest()
+
+
+def remembered(kept: Path | None, dimension: str, identity: str) -> list[Any] | None:
+    """Result and filter of a dimension as an earlier run kept them."""
+    try:
+        found = json.loads((kept / f"{dimension}.json").read_text(encoding="utf-8")) if kept else None
+    except (OSError, ValueError):
+        return None
+    return [found["result"], found["static"]] if found and found.get("identity") == identity else None
+
+
+def remember(kept: Path | None, dimension: str, **found: Any) -> None:
+    """Keep them."""
+    if kept:
+        kept.mkdir(parents=True, exist_ok=True)
+        half = kept / f".{dimension}.half"
+        half.write_text(json.dumps(found, allow_nan=False), encoding="utf-8")
+        half.replace(kept / f"{dimension}.json")
 
 
 def reason_of(dimension: str, error: Exception) -> str:
@@ -235,7 +281,13 @@ def run(arguments: argparse.Namespace) -> None:
         results: dict[str, list[Any]] = {}
         failed: dict[str, str] = {}
         static: dict[str, list[int]] = {}
+        again: list[str] = []
+        identity = identity_of(header, videos)
         for dimension in dimensions:
+            if (before := remembered(arguments.kept, dimension, identity)) is not None:
+                results[dimension], passed = before
+                static |= passed
+                continue
             try:
                 looked_at = videos
                 if dimension == "temporal_flickering" and arguments.protocol == "vbench":
@@ -243,9 +295,12 @@ def run(arguments: argparse.Namespace) -> None:
                 results[dimension] = evaluated(
                     dimension, looked_at, arguments.info.resolve(), work, arguments.protocol, arguments.device
                 )
+                passed = static if dimension == "temporal_flickering" else {}
+                remember(arguments.kept, dimension, identity=identity, result=results[dimension], static=passed)
             except Exception as error:  # of any kind, by the model; what the others found is kept
                 traceback.print_exc()
                 failed[dimension] = reason_of(dimension, error)
+                again += [] if nothing_to_judge(dimension, error) else [dimension]
         found = {**header, "failed": failed, "static": static, "results": results}
         (work / "out.json").write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         (work / "out.json").replace(arguments.out)
@@ -254,10 +309,12 @@ def run(arguments: argparse.Namespace) -> None:
     if not results:
         arguments.out.unlink()
         raise Refused("every dimension failed")
+    if again and not arguments.allow_missing:
+        raise Refused(f"{', '.join(again)} failed, see above; what the other dimensions gave is kept, run it again")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status 0 as soon as one dimension has a score; those that failed are named in the results."""
+    """Exit status 0 where every dimension that has something to judge has a score."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=Path, required=True, help="folder of PROMPT-NUMBER.mp4")
     parser.add_argument("--info", type=Path, required=True, help="VBench_full_info.json")
@@ -266,6 +323,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--protocol", choices=("vbench", "vbench-long"), default="vbench")
     parser.add_argument("--still-samples", type=int, default=25, help="videos of a prompt of temporal flickering")
     parser.add_argument("--allow-missing", action="store_true", help="evaluate what is there, and name what is not")
+    parser.add_argument("--kept", type=Path, help="folder of finished dimensions, for another run")
     parser.add_argument("--device", default="cuda")
     try:
         run(parser.parse_args(argv))
