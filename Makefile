@@ -45,7 +45,7 @@ $(VENV)/bin/python:
 
 $(VENV)/ready: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "Installing the packages of constraints.txt into $(VENV) (some minutes, once)"
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e .
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[cluster]'
 	@touch $@
 
 $(VENV)/ready-dev: $(VENV)/ready
