@@ -12,7 +12,7 @@ try:
     from rcm.artefact import UserError
     from rcm.cli.config import OF_A_MEDIUM, compose, options, read_schema, several, stored, validate
     from rcm.cli.evaluators import OFFICIAL, WEIGHTS, subject
-    from rcm.cli.sources import code_digest
+    from rcm.cli.sources import stage_code
     from rcm.tree import config_dir
 except ImportError as error:
     sys.exit(
@@ -245,8 +245,8 @@ def numbers(stage, **fixed):
 
 
 def code(stage):
-    """For params: the code that a stage rests on. Of real models nothing is made again because of it: `-R RULE` does."""
-    return lambda _: None if BIG else code_digest(stage)
+    """For params: the code and packages of a stage. Of real models nothing is made again for them: `-R RULE` does."""
+    return lambda _: None if BIG else stage_code(stage)
 
 
 def overrides(stage, **fixed):

@@ -1,22 +1,25 @@
-"""Which source code a stage runs, so that Snakemake makes its outputs again when that code changes, and only then.
+"""Which source code and packages a stage runs, so that its outputs are made again when these change, and only then.
 
-Found by following imports in the syntax tree, from the stage's function on. Comments, formatting and docstrings do not
-count, nor do the modules of SILENT, which cannot change a number of the tiny world; templates beside a module do.
+Found by following imports in the syntax tree, from the stage's function on. Templates beside a module count too; comments,
+formatting and docstrings do not, nor does what SILENT and NUMBERLESS name: it cannot change a number of the tiny world.
 Imports nothing heavy.
 """
 
 import ast
 import hashlib
 import importlib.util
+import sys
 from collections.abc import Iterator
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from rcm.cli.parser import STAGES
 
 PACKAGES = ("rcm", "flash_jvp")
-SILENT = {
+SILENT = {  # modules, or MODULE:FUNCTION
     *("rcm", "rcm.__main__", "rcm.artefact", "rcm.cli", "rcm.cli.config", "rcm.cli.parser", "rcm.cli.progress"),
+    *("rcm.cli.train:_previewer", "rcm.training.signals"),  # what is looked at during a training, and when it stops
     *("rcm.checkpoints.download", "rcm.checkpoints.origins", "rcm.checkpoints.transfer"),  # what comes is known by hash
     *("flash_jvp.tuning", "flash_jvp.sweep"),  # which tiles are fastest
     # evaluators of real models, of which nothing is made again for code: the tiny world is scored without them
@@ -25,27 +28,60 @@ SILENT = {
 }
 
 
+NUMBERLESS = {
+    *("wandb", "yaml", "safetensors"),  # curves; the configuration, which is compared itself; tensors, kept as they are
+    *("triton", "flash_attn", "transformer_engine"),  # of GPUs, of which no published figure of the tiny world is
+    *("transformers", "tokenizers", "ftfy", "imageio_ffmpeg"),  # texts, weights and films of real models
+}
+DISTRIBUTIONS = {"cv2": ("opencv-python-headless", "opencv-python"), "PIL": ("pillow",)}  # where named otherwise
+
+
+@cache
+def stage_code(stage: str) -> str:
+    """What `rcm STAGE` rests on, to be compared: the digest of its code, and the packages that can change its numbers.
+
+    Such as "3f9a0c217be44d05 numpy 2.5.1 torch 2.13.0", without a build's local part (+cpu). Stages of the tiny world
+    are made again when it changes: the rules' param `code`, and data/code.json for DVC, hold it.
+    """
+    packages = sorted(reached(stage)[2] - NUMBERLESS, key=str.lower)
+    return " ".join([code_digest(stage)[:16], *(f"{name} {found}" for name in packages if (found := _version(name)))])
+
+
 @cache
 def code_digest(stage: str) -> str:
     """SHA-256 over the code that `rcm STAGE` can reach."""
-    parts, modules = reached(stage)
+    parts, modules, _ = reached(stage)
     parts += [f"{name}\n{_text(_tree(name))}" for name in modules]
     parts += [path.read_text(encoding="utf-8") for path in sorted(set().union(*map(_data, modules)))]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def reached(stage: str) -> tuple[list[str], list[str]]:
-    """Of a stage, the code beside its function, and the names of the modules that all of it needs."""
+@cache
+def reached(stage: str) -> tuple[list[str], list[str], set[str]]:
+    """Of a stage, the code beside its function, the modules that all of it needs, and the packages that these need."""
     module, function = STAGES[stage].where.split(":")
     parts, imports = _reached(module, function)
     modules: set[str] = set()
+    packages: set[str] = set()
     queue = sorted(imports)
     while queue:
         name = queue.pop()
-        if name not in modules | SILENT:
+        if name.split(".")[0] not in PACKAGES:
+            packages.add(name)
+        elif name not in modules | SILENT:
             modules.add(name)
             queue += _imports(_tree(name), name)
-    return parts, sorted(modules)
+    return parts, sorted(modules), packages
+
+
+def _version(package: str) -> str | None:
+    """The public part of the installed version of what `import package` finds; None where that is not installed."""
+    for name in DISTRIBUTIONS.get(package, (package,)):
+        try:
+            return version(name).partition("+")[0]
+        except PackageNotFoundError:
+            pass
+    return None
 
 
 def _reached(module: str, function: str) -> tuple[list[str], set[str]]:
@@ -61,7 +97,7 @@ def _reached(module: str, function: str) -> tuple[list[str], set[str]]:
     queue, parts, imports = [function], [], set()
     while queue:
         name = queue.pop()
-        if name in seen:
+        if name in seen or f"{module}:{name}" in SILENT:
             continue
         seen.add(name)
         for statement in bound.get(name, []):
@@ -88,7 +124,8 @@ def _names_bound(statement: ast.stmt) -> Iterator[str]:
 
 @cache
 def _imports(tree: ast.AST, module: str, only: str | None = None) -> list[str]:
-    """Modules of this project that code imports, at any depth; of an import statement only what binds a name."""
+    """What code imports, at any depth: modules of this project, other packages; of an import statement only what binds
+    a name."""
     found: set[str] = set()
     for node in ast.walk(tree):
         if not isinstance(node, ast.Import | ast.ImportFrom):
@@ -98,13 +135,15 @@ def _imports(tree: ast.AST, module: str, only: str | None = None) -> list[str]:
             found |= {*names}
         else:
             found |= {provider for name in names for provider in _providers(_absolute(node, module), name)}
-    return sorted(name for name in found if name.split(".")[0] in PACKAGES and _path(name) is not None)
+    own = {name for name in found if name.split(".")[0] in PACKAGES}
+    others = {name.split(".")[0] for name in found - own} - sys.stdlib_module_names
+    return sorted(others.union(name for name in own if _path(name) is not None))
 
 
 def _providers(source: str, name: str) -> list[str]:
     """Modules behind `from source import name`: of a package, the one that it has the name from."""
     if source.split(".")[0] not in PACKAGES:
-        return []
+        return [source]
     path = _path(source)
     if _path(f"{source}.{name}") is not None:
         return [f"{source}.{name}"]
@@ -160,6 +199,14 @@ def _tree(module: str) -> ast.Module:
 
 
 @cache
-def _text(tree: ast.AST) -> str:
-    """Code without comments and layout."""
-    return ast.unparse(tree)
+def _text(node: ast.AST) -> str:
+    """Code without comments and layout: its syntax tree, alike in all versions of Python."""
+    # newer versions have further fields, which are empty where they are not used
+    fields = ((name, value) for name, value in ast.iter_fields(node) if value not in (None, []) and name != "kind")
+    return f"{type(node).__name__}({', '.join(f'{name}={_field(value)}' for name, value in fields)})"
+
+
+def _field(value: object) -> str:
+    if isinstance(value, ast.AST):
+        return _text(value)
+    return f"[{', '.join(map(_field, value))}]" if isinstance(value, list) else ascii(value)
