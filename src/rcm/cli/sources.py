@@ -1,6 +1,6 @@
 """Which source code and packages a stage runs, so that its outputs are made again when these change, and only then.
 
-Found by following imports in the syntax tree, from the stage's function on. Templates beside a module count too; comments,
+Found by following imports in the syntax tree, from the stage's function on. Templates beside a module count; comments,
 formatting and docstrings do not, nor does what SILENT and NUMBERLESS name: it cannot change a number of the tiny world.
 Imports nothing heavy.
 """
