@@ -13,6 +13,7 @@ try:
     from rcm.cli.config import OF_A_MEDIUM, compose, options, read_schema, several, stored, validate
     from rcm.cli.evaluators import OFFICIAL, WEIGHTS, subject
     from rcm.cli.sources import stage_code
+    from rcm.report.legends import LEGENDS
     from rcm.tree import config_dir
 except ImportError as error:
     sys.exit(
@@ -268,6 +269,18 @@ def launcher(wildcards, threads):
         return "python -m rcm"
     environment = "" if BIG else "OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 "
     return f"{environment}python -m rcm.launch --standalone --nproc-per-node {processes} -m rcm"
+
+
+def told(path, category):
+    """An output that `snakemake --report` shows, with `caption` below it."""
+    return report(path, caption="../report/caption.rst", category=category)
+
+
+def caption(wildcards, output, threads):
+    """For params: what stands below a figure, or a whole table in words once there is one. Free as `overrides`."""
+    made = Path(output[0])
+    words = made.with_suffix(".md")
+    return LEGENDS.get(made.stem) or (words.read_text(encoding="utf-8") if words.is_file() else "")
 
 
 def students(media):

@@ -5,9 +5,9 @@ rule table1:
         controls=lambda _: scores("images", "controls"),
         published="config/published/table1.csv",
     output:
-        csv="<results>/tables/table1.csv",
-        md="<results>/tables/table1.md",
-        tex="<results>/tables/table1.tex",
+        csv=told("<results>/tables/table1.csv", "Tables"),
+        md=told("<results>/tables/table1.md", "Tables"),
+        tex=told("<results>/tables/table1.tex", "Tables"),
     log:
         "<logs>/table1.log",
     benchmark:
@@ -22,6 +22,7 @@ rule table1:
         overrides=overrides("table", media="images"),
         given=given,
         folder=lambda wildcards, output: os.path.dirname(output.csv),
+        caption=caption,
     message:
         "Make table 1: images"
     shell:
@@ -35,9 +36,9 @@ rule table2:
         throughput=lambda _: throughputs("clips"),
         published="config/published/table2.csv",
     output:
-        csv="<results>/tables/table2.csv",
-        md="<results>/tables/table2.md",
-        tex="<results>/tables/table2.tex",
+        csv=told("<results>/tables/table2.csv", "Tables"),
+        md=told("<results>/tables/table2.md", "Tables"),
+        tex=told("<results>/tables/table2.tex", "Tables"),
     log:
         "<logs>/table2.log",
     benchmark:
@@ -52,6 +53,7 @@ rule table2:
         overrides=overrides("table", media="clips"),
         given=given,
         folder=lambda wildcards, output: os.path.dirname(output.csv),
+        caption=caption,
     message:
         "Make table 2: clips"
     shell:
@@ -63,9 +65,9 @@ rule table3:
     input:
         published="config/published/table3.csv",
     output:
-        csv="<results>/tables/table3.csv",
-        md="<results>/tables/table3.md",
-        tex="<results>/tables/table3.tex",
+        csv=told("<results>/tables/table3.csv", "Tables"),
+        md=told("<results>/tables/table3.md", "Tables"),
+        tex=told("<results>/tables/table3.tex", "Tables"),
     log:
         "<logs>/table3.log",
     benchmark:
@@ -78,6 +80,7 @@ rule table3:
         code=code("table"),
         overrides=overrides("table"),
         folder=lambda wildcards, output: os.path.dirname(output.csv),
+        caption=caption,
     message:
         "Make table 3: the paper's rows"
     shell:
@@ -91,9 +94,9 @@ if BIG:
         input:
             scores=lambda _: texts_read(MEDIA[0]),
         output:
-            csv="<results>/tables/table_text.csv",
-            md="<results>/tables/table_text.md",
-            tex="<results>/tables/table_text.tex",
+            csv=told("<results>/tables/table_text.csv", "Tables"),
+            md=told("<results>/tables/table_text.md", "Tables"),
+            tex=told("<results>/tables/table_text.tex", "Tables"),
         log:
             "<logs>/table_text.log",
         benchmark:
@@ -108,6 +111,7 @@ if BIG:
             overrides=overrides("table"),
             given=given,
             folder=lambda wildcards, output: os.path.dirname(output.csv),
+            caption=caption,
         message:
             "Make the table of small text"
         shell:
@@ -118,7 +122,7 @@ rule figure_samples:
     input:
         lambda _: samples("images"),
     output:
-        "<results>/figures/figure_samples.png",
+        told("<results>/figures/figure_samples.png", "Figures"),
     log:
         "<logs>/figure_samples.log",
     benchmark:
@@ -129,6 +133,7 @@ rule figure_samples:
         runtime=10,
     params:
         code=code("figure"),
+        caption=caption,
     message:
         "Draw samples of teacher and students from the same noise"
     shell:
@@ -139,7 +144,7 @@ rule figure_clips:
     input:
         lambda _: samples("clips"),
     output:
-        "<results>/figures/figure_clips.png",
+        told("<results>/figures/figure_clips.png", "Figures"),
     log:
         "<logs>/figure_clips.log",
     benchmark:
@@ -150,6 +155,7 @@ rule figure_clips:
         runtime=10,
     params:
         code=code("figure"),
+        caption=caption,
     message:
         "Draw clips of teacher and students from the same noise, frame by frame"
     shell:
@@ -160,7 +166,7 @@ rule figure_quality_diversity:
     input:
         lambda _: [*scores(MEDIA[0]), *scores(MEDIA[0], "controls")],
     output:
-        "<results>/figures/figure_quality_diversity.png",
+        told("<results>/figures/figure_quality_diversity.png", "Figures"),
     log:
         "<logs>/figure_quality_diversity.log",
     benchmark:
@@ -171,6 +177,7 @@ rule figure_quality_diversity:
         runtime=10,
     params:
         code=code("figure"),
+        caption=caption,
     message:
         "Draw quality against diversity"
     shell:
@@ -181,7 +188,7 @@ rule figure_training:
     input:
         lambda _: [f"<data>/{MEDIA[0]}/{student}/metrics.jsonl" for student in students(MEDIA[0])],
     output:
-        "<results>/figures/figure_training.png",
+        told("<results>/figures/figure_training.png", "Figures"),
     log:
         "<logs>/figure_training.log",
     benchmark:
@@ -192,6 +199,7 @@ rule figure_training:
         runtime=10,
     params:
         code=code("figure"),
+        caption=caption,
     message:
         "Draw the training of the students"
     shell:
@@ -202,7 +210,7 @@ rule figure_precision:
     input:
         lambda _: precisions(),
     output:
-        "<results>/figures/figure_precision.png",
+        told("<results>/figures/figure_precision.png", "Figures"),
     log:
         "<logs>/figure_precision.log",
     benchmark:
@@ -213,6 +221,7 @@ rule figure_precision:
         runtime=10,
     params:
         code=code("figure"),
+        caption=caption,
     message:
         "Draw the rounding errors of the network and of its tangent"
     shell:
@@ -224,7 +233,7 @@ rule figure_steps:
         inputs=lambda _: scores(MEDIA[0]),
         published=f"config/published/{'table1' if MEDIA[0] == 'images' else 'table2'}.csv" if BIG else [],
     output:
-        "<results>/figures/figure_steps.png",
+        told("<results>/figures/figure_steps.png", "Figures"),
     log:
         "<logs>/figure_steps.log",
     benchmark:
@@ -235,6 +244,7 @@ rule figure_steps:
         runtime=10,
     params:
         code=code("figure"),
+        caption=caption,
         given=given,
     message:
         "Draw quality against the number of steps"
@@ -250,7 +260,7 @@ rule figure_lambda:
         ),
         published="config/published/figure7.csv",
     output:
-        "<results>/figures/figure_lambda.png",
+        told("<results>/figures/figure_lambda.png", "Figures"),
     log:
         "<logs>/figure_lambda.log",
     benchmark:
@@ -261,6 +271,7 @@ rule figure_lambda:
         runtime=10,
     params:
         code=code("figure"),
+        caption=caption,
         given=given,
     message:
         "Draw quality and diversity against the weight of DMD"
@@ -272,7 +283,7 @@ rule figure_rollout:
     input:
         lambda _: ablation("rcm", "rcm-fixed-rollout", "dmd", "dmd-random-rollout", steps=config["steps"]),
     output:
-        "<results>/figures/figure_rollout.png",
+        told("<results>/figures/figure_rollout.png", "Figures"),
     log:
         "<logs>/figure_rollout.log",
     benchmark:
@@ -283,6 +294,7 @@ rule figure_rollout:
         runtime=10,
     params:
         code=code("figure"),
+        caption=caption,
     message:
         "Draw what fixed and random times of rollouts do"
     shell:
@@ -303,7 +315,7 @@ rule report:
         # of a scale whose samples are not scored
         samples=lambda _: [path for media in MEDIA if not config["tables"] for path in samples(media)],
     output:
-        "<results>/report.html",
+        told("<results>/report.html", "Page"),
     log:
         "<logs>/report.log",
     benchmark:
