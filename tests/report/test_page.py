@@ -17,7 +17,8 @@ from PIL import Image
 from rcm.artefact import UserError
 from rcm.cli.score import _configuration
 from rcm.report.figures import figure_quality_diversity, figure_samples
-from rcm.report.page import CAPTIONS, _animated, _belongs, _media, _reduced, report_page
+from rcm.report.legends import LEGENDS
+from rcm.report.page import _animated, _belongs, _media, _reduced, report_page
 from rcm.report.scores import CONTROLS
 from rcm.report.tables import make_table
 
@@ -297,9 +298,9 @@ def test_every_figure_stands_on_the_page_once_with_scores_or_without(tree: Path,
     for scores in ([], images, shown(tree)):
         ids = [name for name in Reader(report_page(scores, [tmp_path])).ids if name.startswith("figure_")]
         assert sorted(ids) == sorted(f"figure_{name}" for name in names)
-    assert all(f"figure_{name}" in CAPTIONS for name in names[:-1])
-    assert "λ = 0 is sCM alone" in CAPTIONS["figure_lambda"]
-    assert "ground" not in CAPTIONS["figure_quality_diversity"]  # which only the tiny world has
+    assert all(f"figure_{name}" in LEGENDS for name in names[:-1])
+    assert "λ = 0 is sCM alone" in LEGENDS["figure_lambda"]
+    assert "ground" not in LEGENDS["figure_quality_diversity"]  # which only the tiny world has
 
 
 def test_big_clips_are_reduced() -> None:
