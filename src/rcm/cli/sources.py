@@ -199,14 +199,15 @@ def _tree(module: str) -> ast.Module:
 
 
 @cache
-def _text(node: ast.AST) -> str:
+def _text(tree: ast.AST) -> str:
     """Code without comments and layout: its syntax tree, alike in all versions of Python."""
-    # newer versions have further fields, which are empty where they are not used
-    fields = ((name, value) for name, value in ast.iter_fields(node) if value not in (None, []) and name != "kind")
-    return f"{type(node).__name__}({', '.join(f'{name}={_field(value)}' for name, value in fields)})"
+    return _shown(tree)
 
 
-def _field(value: object) -> str:
+def _shown(value: object) -> str:
     if isinstance(value, ast.AST):
-        return _text(value)
-    return f"[{', '.join(map(_field, value))}]" if isinstance(value, list) else ascii(value)
+        # newer versions have further fields, which are empty where they are not used
+        fields = ((name, getattr(value, name)) for name in value._fields if name not in ("kind", "ctx"))
+        shown = [f"{name}={_shown(field)}" for name, field in fields if field is not None and field != []]
+        return f"{type(value).__name__}({', '.join(shown)})"
+    return f"[{', '.join(map(_shown, value))}]" if isinstance(value, list) else ascii(value)
