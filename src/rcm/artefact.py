@@ -140,10 +140,22 @@ def write_json(path: Path | str, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def json_value(text: str) -> Any:
+    """The value of a JSON text. Raises ValueError for any other, NaN and infinities among them."""
+    try:
+        return json.loads(text, parse_constant=_refused)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _refused(constant: str) -> None:
+    raise ValueError(f"{constant} is no number of JSON")
+
+
 def read_json(path: Path | str) -> Any:
     """Read JSON; a missing or damaged file is a UserError that names it."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json_value(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
@@ -192,13 +204,63 @@ def content_sha256(path: Path | str) -> str:
     return sha256_folder(path)
 
 
+def verified_sha256(path: Path | str, found: str | None = None) -> str:
+    """`content_sha256`, where it is not `found` already; it must be what the artefact's `.prov.json` says.
+
+    UserError where it is not, so the artefact is damaged or another, and where the record is of another artefact: one
+    that lies below the same folder of the working directory. What has no record, such as a user's own file, is taken.
+    """
+    path = Path(path)
+    found = content_sha256(path) if found is None else found
+    if not (record := beside(path, ".prov.json")).is_file():
+        return found
+    name, known, stage = _stated(record)
+    what_to_do = f"make it again with `rcm {stage}`, or remove {record} to take it as it is"
+    if found != known:
+        raise UserError(
+            f"{path} is damaged or was replaced: its SHA-256 is {found}, by its record {known}; {what_to_do}"
+        )
+    own = Path(_relative(path)).parts
+    if name.parts[:1] == own[:1] and name.parts != own:
+        raise UserError(f"{path} was replaced: by its record it is {name}; {what_to_do}")
+    return found
+
+
+def _stated(record: Path) -> tuple[Path, str, str]:
+    """The artefact, its SHA-256 and the stage that a `.prov.json` names."""
+    said = read_json(record)
+    try:
+        name, known, stage = said["artefact"], said["sha256"], said["stage"]
+        if not all(isinstance(value, str) for value in (name, known, stage)):
+            raise TypeError
+    except (TypeError, KeyError):
+        raise UserError(
+            f"{record} is damaged, for it does not say what it is about; make the artefact again, or remove the "
+            "record to take it as it is"
+        ) from None
+    return Path(name), known, stage
+
+
 def stated_sha256(path: Path | str) -> str:
-    """`content_sha256`, or what the artefact's record says where that was written since: big files take a minute."""
+    """`verified_sha256`, or what the artefact's record says where that was written since: big files take a minute.
+
+    A file that took the artefact's place later is noticed by the time of that, however old its content is. Bits that
+    flip on the disk are not: who reads the content compares it.
+    """
     path = Path(path)
     for record in (beside(path, ".download.json"), beside(path, ".prov.json")):
-        if record.exists() and record.stat().st_mtime >= path.stat().st_mtime:
-            return str(read_json(record)["sha256"])
-    return content_sha256(path)
+        if record.exists() and not _is_older(record, path):
+            said = read_json(record)
+            if isinstance(said, dict) and isinstance(said.get("sha256"), str):
+                return str(said["sha256"])
+    return verified_sha256(path)
+
+
+def _is_older(record: Path, path: Path) -> bool:
+    """Whether the artefact changed, or a file took its place, after its record was written."""
+    written, files = record.stat(), [path, *(path.rglob("*") if path.is_dir() else ())]
+    times = [file.stat() for file in files if file.name != ".snakemake_timestamp"]
+    return any(time.st_mtime > written.st_mtime or time.st_ctime > written.st_ctime for time in times)
 
 
 @functools.cache
@@ -300,8 +362,9 @@ def recording(
     Args:
         outputs: the files and folders that the block writes.
         stage: name of the stage, as on the command line.
-        inputs: files and folders that it reads; a missing one is a UserError before any work is done. They are hashed,
-            unless this is a dict of their SHA-256, which the block may fill in.
+        inputs: files and folders that it reads; a missing one, or one that is not what its record says, is a UserError
+            before any work is done. They are hashed, unless this is a dict of their SHA-256; what is empty there the
+            block fills in, by `verified_sha256`.
         config: the numbers that the stage depends on, JSON types only.
         seed: the seed it ran under.
 
@@ -313,7 +376,9 @@ def recording(
     for path in files:
         if not path.exists():
             raise UserError(f"input {path} does not exist; make it first, or check the path")
-    hashes = inputs if isinstance(inputs, Mapping) else {path: content_sha256(path) for path in files}
+    known = inputs if isinstance(inputs, Mapping) else dict.fromkeys(files)
+    verified = {path: verified_sha256(path, sha256) for path, sha256 in known.items() if sha256 != ""}
+    hashes = inputs if isinstance(inputs, Mapping) else verified
     provenance: dict[str, Any] = {
         "stage": stage,
         "inputs": [],  # known at the end

@@ -127,7 +127,7 @@ def test_distill_repeats_itself_after_an_interruption(
         run(*arguments("whole"))
     assert shard.name not in hashed
     inputs = json.loads((tmp_path / "whole/dcp.prov.json").read_text())["inputs"]
-    assert [entry["sha256"] for entry in inputs] == [content_sha256(teacher), sha256_file(shard)]
+    assert [entry["sha256"] for entry in inputs] == [content_sha256(teacher), sha256_file(shard), sha256_file(mini.codec)]
     with monkeypatch.context() as patch:
         patch.setattr("rcm.cli.train.save_dcp", interrupted)
         assert main(arguments("broken")) == 130

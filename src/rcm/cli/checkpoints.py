@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rcm.artefact import UserError, code_digest, content_sha256, recording
+from rcm.artefact import UserError, code_digest, content_sha256, recording, verified_sha256
 from rcm.cli.config import compose
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def convert(arguments: Namespace) -> None:
     settings = compose(arguments.overrides)[arguments.network]
     hashes: dict[Path, str] = {arguments.checkpoint: ""}
     with recording(arguments.out, stage="convert", inputs=hashes, config=settings):
-        hashes[arguments.checkpoint] = verify(arguments.checkpoint) or ""
+        hashes[arguments.checkpoint] = verified_sha256(arguments.checkpoint, verify(arguments.checkpoint))
         state = open_state(arguments.checkpoint, verified=True)
         state = _cast(_of_network(state, settings, arguments.checkpoint), arguments.dtype)
         with Progress("convert", len(state), "tensors") as progress:

@@ -81,6 +81,7 @@ def synthesize(arguments: Namespace) -> None:
     from rcm.cli.models import jobs_of, teacher
     from rcm.cli.sources import code_digest
     from rcm.data.prompt_files import read_prompt_file
+    from rcm.data.shards import manifest_path
     from rcm.data.unfinished import unfinished
     from rcm.parallel import start
 
@@ -94,7 +95,8 @@ def synthesize(arguments: Namespace) -> None:
         mesh = start(device=config["inference"]["device"], timeout=_A_DAY)
         stack.callback(mesh.close)
         if mesh.is_main:  # what is written and said is rank 0's
-            recorded = recording(arguments.out, stage="synthesize", inputs=inputs, config=numbers, seed=train["seed"])
+            outputs = (arguments.out, manifest_path(arguments.out))
+            recorded = recording(*outputs, stage="synthesize", inputs=inputs, config=numbers, seed=train["seed"])
             stack.enter_context(recorded)
         captions = [item["prompt"] for item in read_prompt_file(arguments.prompts)]
         jobs = jobs_of(arguments.shard, len(captions), train["samples"])

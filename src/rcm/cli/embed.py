@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rcm.artefact import UserError, recording
+from rcm.artefact import UserError, recording, verified_sha256
 from rcm.checkpoints import verify
 from rcm.cli.config import compose
 from rcm.cli.models import bare_text_encoder, filled, placed
@@ -27,7 +27,7 @@ def embed(arguments: Namespace) -> None:
     settings = config["text"]
     precision = "float32" if settings["kind"] == "words" else config["inference"]["precision"]
     given = (arguments.prompts, arguments.encoder, arguments.tokenizer)
-    hashes = {path: verify(path) or "" for path in given if path is not None}
+    hashes = {path: verified_sha256(path, verify(path)) for path in given if path is not None}
     identity = {
         "text": settings,
         "precision": precision,

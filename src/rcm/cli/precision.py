@@ -16,7 +16,8 @@ def precision(arguments: Namespace) -> None:
     settings, seed = config["evaluation"]["precision"], config["suites"][config["suite"]]["seed"]
     sections = ("frames", "height", "width", "network", "codec", "text", "teacher")
     numbers = {key: config[key] for key in sections} | {"precision": settings}
-    inputs = [arguments.checkpoint, arguments.teacher, arguments.prompts]
+    given = (arguments.checkpoint, arguments.teacher, arguments.prompts, arguments.text)
+    inputs = [path for path in dict.fromkeys(given) if path is not None]
     with recording(arguments.out, stage="precision", inputs=inputs, config=numbers, seed=seed):
         guide = teacher(config, arguments.teacher, arguments.text)
         of_teacher = arguments.checkpoint.is_dir()

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from rcm.artefact import UserError, atomic_folder, content_sha256, recording
+from rcm.artefact import UserError, atomic_folder, recording, verified_sha256
 from rcm.cli.config import compose
 from rcm.cli.models import Job, codec, decoded, device_of, jobs_of, sampling
 from rcm.cli.pictures import encode, frame_rate
@@ -34,7 +34,7 @@ def sample(arguments: Namespace) -> None:
     given = (arguments.checkpoint, arguments.codec, arguments.prompts, arguments.text)
     hashes = {path: "" for path in given if path is not None}
     with recording(arguments.out, stage="sample", inputs=hashes, config=numbers, seed=suite["seed"]) as facts:
-        hashes |= {path: content_sha256(path) for path in hashes}
+        hashes |= {path: verified_sha256(path) for path in hashes}
         captions = read_prompt_file(arguments.prompts)
         jobs = jobs_of(arguments.part, len(captions), _counts(arguments.prompts, captions, suite["samples"]))
         make, by = _maker(arguments, config, captions, suite["seed"])

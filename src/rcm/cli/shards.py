@@ -10,7 +10,7 @@ from typing import Any
 from rcm.artefact import UserError, recording
 from rcm.cli.progress import Progress
 from rcm.data.samples import fault, sample_sha256
-from rcm.data.shards import LatentDataset, part_indices, read_lines, read_manifests, read_shards
+from rcm.data.shards import LatentDataset, manifest_path, part_indices, read_lines, read_manifests, read_shards
 
 
 def adopt(arguments: Namespace) -> None:
@@ -29,6 +29,7 @@ def adopt(arguments: Namespace) -> None:
     chosen = [tars[number] for number in part_indices(arguments.shard, len(tars))]
     numbers = [number + 1 for number in part_indices(arguments.shard, len(tars))]
     outputs = [arguments.out_dir / f"{number}-of-{len(tars)}.tar" for number in numbers]
+    outputs += map(manifest_path, outputs[:])
     name = arguments.name or arguments.data[0].resolve().parent.name
     inputs = dict.fromkeys((tar.path for tar in chosen), "")
     config = {"name": name, "shard": arguments.shard}
@@ -95,6 +96,7 @@ def merge(arguments: Namespace) -> None:
     manifests = read_manifests(arguments.data)
     inputs = {path: manifest["sha256"] for path, manifest in manifests.items()}  # which are verified
     outputs = [arguments.out_dir / f"{number}-of-{arguments.shards}.tar" for number in range(1, arguments.shards + 1)]
+    outputs += map(manifest_path, outputs[:])
     config = {"shards": arguments.shards, "mixed": arguments.mixed, "renumber": arguments.renumber}
     total = 2 * sum(manifest["count"] for manifest in manifests.values())
     with (

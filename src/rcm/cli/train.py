@@ -15,7 +15,7 @@ from torch import Tensor
 import rcm.codecs
 import rcm.networks
 import rcm.text
-from rcm.artefact import UserError, atomic_file, atomic_folder, beside, content_sha256, recording
+from rcm.artefact import UserError, atomic_file, atomic_folder, beside, recording, verified_sha256
 from rcm.checkpoints import load_into, load_pth, save_dcp, save_pth
 from rcm.cli.config import compose
 from rcm.cli.models import codec, jobs_of, latent_shape, noise_of, text_encoder, times_of
@@ -25,6 +25,7 @@ from rcm.cli.progress import Progress
 from rcm.cli.ranks import rank
 from rcm.cli.sources import code_digest
 from rcm.codecs import to_pixels
+from rcm.collective import everywhere
 from rcm.data.shards import read_shards
 from rcm.parallel import Mesh, start
 from rcm.sampling import consistency_sample
@@ -87,7 +88,8 @@ def distill(arguments: Namespace) -> None:
         stack.callback(mesh.close)
         numbers = {key: config[key] for key in ("network", "text", "objective", "distillation")}
         numbers["parallel"] = {"precision": parallel.precision}
-        inputs = dict.fromkeys([arguments.teacher, *arguments.data], "")  # hashed once, by all ranks together
+        others = [path for path in (arguments.codec, arguments.text) if path is not None]
+        inputs = dict.fromkeys([arguments.teacher, *arguments.data, *others], "")  # hashed once, by all ranks together
         # metrics hold times, so they have no identity
         outputs = [path for path in (arguments.out, arguments.raw, arguments.previews) if path is not None]
         seed = config["seed"]
@@ -99,8 +101,9 @@ def distill(arguments: Namespace) -> None:
             raise UserError(
                 f"{arguments.data[0]} holds latents of another shape than this experiment has; make it again"
             )
-        teacher = content_sha256(arguments.teacher)
+        teacher = verified_sha256(arguments.teacher)
         inputs |= {arguments.teacher: teacher, **dict(zip(arguments.data, data.sha256, strict=True))}
+        inputs |= everywhere(lambda: {path: verified_sha256(path) for path in others} if main else {}, mesh.group)[0]
         made_of = {"teacher": teacher, "data": [*data.sha256], "code": code_digest("distill")}
         encoder = text_encoder(config, arguments.text)
         networks = open_networks(config, arguments.teacher, mesh)

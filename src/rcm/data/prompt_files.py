@@ -10,13 +10,12 @@ are dropped, equal prompts stay: a prompt is known by its number.
 
 import csv
 import io
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rcm.artefact import UserError
+from rcm.artefact import UserError, json_value
 
 Line = tuple[int, Any]  # its number from 1, what stands there
 NAME_BYTES = 255  # of a file's name, on nearly every file system
@@ -42,18 +41,6 @@ def read_lines(path: Path) -> list[tuple[int, str]]:
     """The lines of a text with their numbers, but for empty ones. Raises UserError as `read_prompt_file`."""
     with _named(path):
         return list(_lines(_decoded(path)))
-
-
-def json_value(text: str) -> Any:
-    """The value of a JSON text. Raises ValueError for any other, NaN and infinities among them."""
-    try:
-        return json.loads(text, parse_constant=_refused)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-
-
-def _refused(constant: str) -> None:
-    raise ValueError(f"{constant} is no number of JSON")
 
 
 def file_name_fault(name: str) -> str | None:

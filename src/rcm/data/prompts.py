@@ -18,9 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from rcm.artefact import UserError
+from rcm.artefact import UserError, json_value
 from rcm.data import world
-from rcm.data.prompt_files import json_value
 
 Metadata = dict[str, Any]
 

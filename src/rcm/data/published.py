@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rcm.artefact import UserError, sha256_file
+from rcm.artefact import UserError, verified_sha256
 from rcm.data.samples import Sample, naming
 from rcm.data.shards import part_indices, write_shard
 
@@ -102,7 +102,7 @@ def adopt(
                 yield Sample(index[key], prompt, seed + key, latents, text)
                 advance(1)
 
-        hashes[tar.path] = sha256_file(tar.path)
+        hashes[tar.path] = verified_sha256(tar.path)
         source = {"file": tar.path.name, "sha256": hashes[tar.path]}
         write_shard(out, samples(), {"part": part, "adopted": name, "seed": seed, "source": source})
     return hashes

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rcm.artefact import UserError, atomic_file, beside, read_json, sha256_file, write_json
+from rcm.artefact import UserError, atomic_file, beside, read_json, sha256_file, verified_sha256, write_json
 from rcm.collective import everywhere
 from rcm.data.samples import Entry, entries, naming, read_sample, write_sample
 from rcm.data.samples import Sample as Sample
@@ -228,6 +228,7 @@ def read_manifests(files: Sequence[Path]) -> dict[Path, dict[str, Any]]:
         if not path.is_file():
             raise UserError(f"shard {path} does not exist; make it with `rcm synthesize`")
         manifest = read_json(manifest_path(path))
+        verified_sha256(manifest_path(path))
         if not isinstance(manifest, dict) or not {"count", "sha256", "part"} <= manifest.keys():
             raise UserError(f"{manifest_path(path)} is not the manifest of a shard; make the shard again")
         manifest.pop("samples", None)
@@ -254,6 +255,7 @@ def verified(path: Path, manifest: Mapping[str, Any]) -> list[Entry]:
     with naming(f"shard {path}"):
         if sha256_file(path) != manifest["sha256"]:
             raise UserError(f"shard {path} is damaged: its SHA-256 is not that of its manifest; make it again")
+        verified_sha256(path, manifest["sha256"])
         with tarfile.open(path, "r:") as tar:
             found = list(entries(tar))
     if len(found) != manifest["count"]:

@@ -17,8 +17,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from rcm.artefact import UserError, atomic_file
-from rcm.data.prompt_files import json_value
+from rcm.artefact import UserError, atomic_file, json_value
 from rcm.evaluation.samples import numbers_of
 
 WHAT = ("geneval", "vbench", "diversity", "text")

@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageSequence
 
-from rcm.artefact import UserError, read_json, reason
-from rcm.data.prompt_files import json_value
+from rcm.artefact import UserError, json_value, read_json, reason
 from rcm.data.prompts import Metadata, parse_prompts
 
 SAMPLING = "sampling.json"
