@@ -683,6 +683,17 @@ STAGES: dict[str, Stage] = {
             '--image cat.jpg --prompt "the cat yawns" --out cat.mp4',
         ),
     ),
+    "stages": Stage(
+        "rcm.cli.stages:stages",
+        "Write dvc.yaml and params.yaml from the workflow, so that `dvc repro` knows what Snakemake knows.",
+        (
+            Option("scales", "of which scales (default: those in params.yaml, else tiny)", str, False, repeat=True),
+            Option("--check", "write nothing; fail where the files are not current", bool),
+            Option("--values", "leave dvc.yaml, fail where it is not current: what its first stage does", bool),
+        ),
+        "rcm stages",
+        more=("rcm stages --check", "rcm stages tiny cosmos-predict2-2b"),
+    ),
     "doctor": Stage(
         "rcm.cli.doctor:doctor",
         "Say what is installed, which backends will be used, and what is used instead of what is missing.",
@@ -738,6 +749,9 @@ def build(name: str) -> argparse.ArgumentParser:
         target = group if group is not None and option.name in stage.exclusive else headings.get(option.group, parser)
         if option.kind is bool:
             target.add_argument(option.name, action="store_true", help=option.help)
+            continue
+        if not option.name.startswith("-"):
+            target.add_argument(option.name, type=option.kind, nargs="*" if option.repeat else None, help=option.help)
             continue
         target.add_argument(
             option.name,

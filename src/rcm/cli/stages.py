@@ -1,0 +1,249 @@
+"""dvc.yaml, params.yaml and data/code.json, made from Snakemake's jobs, so that both tools know one workflow.
+
+A DVC stage is a rule with one combination of its wildcards, except that the parts of a scattered rule are one stage,
+whose output is the folder that holds them. params.yaml holds the values in the params `cfg` of the rules, by scale and
+medium; data/code.json what the params `code` and the commands of the rules are. The jobs come from Snakemake's Python
+interface: what a dry run prints has no params.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rcm.artefact import UserError, sha256_json, write_text
+from rcm.tree import options
+
+PLAIN = "tiny"  # the scale whose stages have no suffix
+TARGETS = ("all", "table3")  # neither ablations nor the teachers of the tiny world, which train networks of their own
+UNRECORDED = ("known_photographs", "geneval_official", "vbench_official")  # rules whose outputs have no .prov.json
+PICKED = {"objective": "method", "seed": "seed"}  # sections that differ with a wildcard
+SOURCES = ("config", "constraints.txt", "kernels/flash_jvp", "Snakefile", "src/rcm", "workflow")
+PIPELINE, PARAMS, CODE = Path("dvc.yaml"), Path("params.yaml"), Path("data/code.json")
+_HEAD = "# Written by `rcm stages` from the rules under workflow/ and the numbers under config/: edit those.\n"
+_SEAL = "# sha256 of what follows: "
+
+
+@dataclass
+class Stage:
+    """The jobs of a stage; params of the first stand for those of all."""
+
+    rule: str
+    wildcards: dict[str, str]
+    inputs: dict[str, None]  # in order, each once
+    outputs: list[str]
+    items: list[str]  # parts of a scattered rule
+    params: Mapping[str, Any]
+    command: str
+
+    @property
+    def kept(self) -> list[str]:
+        """What DVC keeps: the folder of a scattered rule, or each output and its record."""
+        if self.items:
+            return [str(Path(self.outputs[0]).parent)]
+        beside = [".prov.json", *([".download.json"] if self.rule.startswith("download_") else [])]
+        return [o + end for o in self.outputs for end in ("", *(beside if self.rule not in UNRECORDED else []))]
+
+    @property
+    def targets(self) -> list[str]:
+        """What Snakemake is asked for: an output of each job, `{1..N}` standing for the parts."""
+        count = len(self.items)
+        if not count:
+            return self.outputs[:1]
+        if {*self.items} != {f"{k}-of-{count}" for k in range(1, count + 1)}:
+            raise ValueError(f"{self.rule} is asked for parts {', '.join(sorted(self.items))}, not all of 1 to {count}")
+        return [re.sub(r"\d+-of-\d+", f"{{1..{count}}}-of-{count}", self.outputs[0])]
+
+
+def stages(arguments: argparse.Namespace) -> None:
+    """Write the three files; with --check or --values compare them, with --values write what is no structure."""
+    scales = arguments.scales or known_scales()
+    for scale in scales:
+        if scale not in (every := all_scales()):
+            raise UserError(f"there is no scale {scale!r}; allowed: {', '.join(every)}")
+    pipeline, params, code = texts(scales)
+    if arguments.check or arguments.values:
+        require_current(PIPELINE, pipeline)
+        require_untouched()
+    if arguments.check:
+        require_current(PARAMS, params)
+        return
+    if not arguments.values:
+        write_text(PIPELINE, pipeline)
+    write_text(PARAMS, params)
+    write_text(CODE, code)
+
+
+def all_scales() -> list[str]:
+    """The scales that have experiments."""
+    return sorted({name.rpartition("-")[0] for name in options("experiment")})
+
+
+def known_scales() -> list[str]:
+    """The scales in params.yaml, else tiny."""
+    try:
+        held = yaml.safe_load(PARAMS.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return [PLAIN]
+    return [scale for scale in all_scales() if key(scale) in held]
+
+
+def require_current(path: Path, wanted: str) -> None:
+    """Refuse a file that is not what would be written now."""
+    if not path.is_file() or path.read_text(encoding="utf-8") != wanted:
+        raise UserError(f"{path} is not what the workflow and config/ say: run `rcm stages`, then commit it")
+
+
+def require_untouched() -> None:
+    """Refuse params.yaml with a change made by hand, which the stages would not follow."""
+    seal, _, body = PARAMS.read_text(encoding="utf-8").partition(_SEAL)[2].partition("\n")
+    if seal != hashlib.sha256(body.encode()).hexdigest():
+        raise UserError("params.yaml was edited by hand, but the stages read config/: edit there and run `rcm stages`")
+
+
+def texts(scales: Sequence[str]) -> tuple[str, str, str]:
+    """The contents of dvc.yaml, params.yaml and data/code.json."""
+    pipeline: dict[str, Any] = {
+        "configure": {
+            "desc": "compose config/ into params.yaml",
+            "cmd": "bash workflow/scripts/stage.sh",
+            "deps": list(SOURCES),
+            "outs": [{str(PARAMS): {"cache": False, "persist": True}}, str(CODE)],
+        }
+    }
+    params: dict[str, Any] = {}
+    code: dict[str, dict[str, str]] = {}
+    metrics: list[str] = []
+    plots: list[str] = []
+    for scale in scales:
+        found = jobs(scale)
+        values: dict[str, Any] = {}
+        for stage in found:
+            for media, place, value in read(stage):
+                _put(values, [media, *place], value)
+        kept = {output: stage.kept[0] if stage.items else output for stage in found for output in stage.outputs}
+        digests = {stage.rule: digest for stage in found if (digest := _digest(stage))}
+        for stage in found:
+            name = "-".join([stage.rule, *stage.wildcards.values(), *([scale] if scale != PLAIN else [])])
+            pipeline[re.sub(r"[^\w-]", "_", name)] = entry(stage, scale, kept, values)
+            metrics += [o for o in stage.outputs if "/scores/" in o and o.endswith(".json")]
+            plots += [o for o in stage.outputs if o.endswith(".png")]
+        params[key(scale)], code[key(scale)] = values, digests
+    body = _yaml(params)
+    whole = _HEAD + _yaml({"stages": pipeline, "metrics": metrics, "plots": plots})
+    sealed = f"{_HEAD}{_SEAL}{hashlib.sha256(body.encode()).hexdigest()}\n{body}"
+    return whole, sealed, json.dumps(code, indent=1, sort_keys=True) + "\n"
+
+
+def entry(stage: Stage, scale: str, kept: Mapping[str, str], values: Mapping[str, Any]) -> dict[str, Any]:
+    """A stage of dvc.yaml; `kept` says in what an output is kept, `values` is what params.yaml has of the scale."""
+    targets = " ".join(f"'{target}'" for target in stage.targets)
+    named = [".".join([key(scale), *place]) for place in places(stage, values)]
+    made: dict[str, Any] = {
+        "cmd": f"bash workflow/scripts/stage.sh {scale} {stage.rule} {targets}",
+        "deps": sorted({kept.get(path, path) for path in stage.inputs}),
+        "params": [*named, {str(CODE): [f"{key(scale)}.{stage.rule}"]}],
+        "outs": stage.kept,
+    }
+    return {name: value for name, value in made.items() if value}
+
+
+def read(stage: Stage) -> Iterable[tuple[str, list[str], Any]]:
+    """The medium, the place in params.yaml and the value of each section that a stage reads."""
+    given = stage.params.get("cfg")
+    chosen = re.search(r"experiment=\S+-(\w+)", stage.params["overrides"] or "")  # of rules without that wildcard
+    media = stage.wildcards.get("media", chosen[1] if chosen else "")
+    for text in [given] if isinstance(given, str) else given or []:
+        for section, value in json.loads(text).items():
+            if not section:  # the whole tree, whatever is free elsewhere
+                yield value["media"], [stage.rule], sha256_json(value)
+                continue
+            picked = stage.wildcards.get(PICKED.get(section, ""))
+            yield media, [*map(key, [*section.split("."), *([picked] if picked else [])])], value
+
+
+def places(stage: Stage, values: Mapping[str, Any]) -> Iterable[list[str]]:
+    """Where the values of a stage are: a section, or the keys of it where others read more of it."""
+    for media, place, value in read(stage):
+        node = values[media]
+        for name in place:
+            node = node[name]
+        whole = node == value or not isinstance(value, dict)
+        yield from [[media, *place]] if whole else ([media, *place, name] for name in value)
+
+
+def _put(node: dict[str, Any], place: list[str], value: Any) -> None:
+    """Merge a value into a tree; what is there already must be equal."""
+    for name in place[:-1]:
+        node = node.setdefault(name, {})
+    held = node.setdefault(place[-1], {} if isinstance(value, dict) and value else value)
+    if isinstance(value, dict) and value:
+        for name, inner in value.items():
+            _put(held, [name], inner)
+    elif held != value:
+        raise ValueError(f"params.yaml would hold {held!r} and {value!r} at {'.'.join(place)}")
+
+
+def key(name: str) -> str:
+    """A name as DVC takes it between the dots of a key."""
+    return name.replace(".", "_")
+
+
+def _digest(stage: Stage) -> str:
+    """What a rule's code and command are, as Snakemake compares them."""
+    command = hashlib.sha256(stage.command.encode()).hexdigest()
+    return " ".join(filter(None, [stage.params.get("code"), f"command {command[:12]}"]))
+
+
+def _yaml(value: Any) -> str:
+    return yaml.safe_dump(value, sort_keys=False, width=120, allow_unicode=True)
+
+
+def jobs(scale: str) -> list[Stage]:
+    """The stages of a scale, ordered by rules and wildcards; UserError where the workflow refuses."""
+    from snakemake.api import SnakemakeApi
+    from snakemake.settings.types import ConfigSettings, DAGSettings, OutputSettings, Quietness, ResourceSettings
+
+    printed = io.StringIO()
+    try:
+        with (
+            redirect_stdout(printed),
+            redirect_stderr(printed),
+            SnakemakeApi(OutputSettings(quiet={Quietness.ALL})) as api,
+        ):
+            of_scale = api.workflow(
+                resource_settings=ResourceSettings(cores=1),
+                config_settings=ConfigSettings(config={"scale": scale}),
+                snakefile=Path("Snakefile"),
+            )
+            of_scale.dag(DAGSettings(targets={*TARGETS}, forceall=True)).printrulegraph()
+            workflow = of_scale._workflow
+            order = [rule.name for rule in workflow.rules]
+            found = _grouped(job for job in workflow.dag.jobs if job.output)
+    except SystemExit as refusal:
+        raise UserError(str(refusal.code).removeprefix("snakemake: error: ")) from None
+    return sorted(found, key=lambda stage: (order.index(stage.rule), [*stage.wildcards.values()]))
+
+
+def _grouped(found: Iterable[Any]) -> list[Stage]:
+    """Jobs of Snakemake as stages."""
+    groups: dict[tuple[str, ...], Stage] = {}
+    for job in sorted(found, key=lambda job: str(job.output[0])):
+        wildcards = dict(job.wildcards_dict)
+        item = wildcards.pop("scatteritem", None)
+        name = (job.rule.name, *wildcards.values())
+        if name not in groups:
+            params = {name: job.params.get(name) for name in ("cfg", "code", "overrides")}
+            groups[name] = Stage(job.rule.name, wildcards, {}, [], [], params, job.rule.shellcmd or "")
+        groups[name].inputs |= dict.fromkeys(map(str, job.input))
+        groups[name].outputs += map(str, job.output)
+        groups[name].items += [item] if item else []
+    return [*groups.values()]
