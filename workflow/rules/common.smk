@@ -184,8 +184,17 @@ def part(node, key):
 def chosen(wildcards):
     """The Hydra overrides that a job's wildcards stand for."""
     groups = {"objective": "method", "seed": "seed", "suite": "suite"}
-    picked = [f"{key}={wildcards[name]}" for key, name in groups.items() if name in wildcards]
+    picked = [f"{key}={wildcards[name]}" for key, name in groups.items() if wildcards.get(name)]
     return [f"experiment={SCALE}-{wildcards.get('media', MEDIA[0])}", *picked]
+
+
+def composed(wildcards):
+    """The configuration of a job. Seed and suite change nothing else in it, so that a few trees serve all jobs."""
+    known = {**wildcards}
+    base = tree(*chosen({**known, "seed": None, "suite": None}), *config["overrides"])
+    if known.get("suite", "report") not in base["suites"]:
+        return tree(*chosen(known), *config["overrides"])  # which says what is wrong
+    return base | ({"seed": int(known["seed"])} if "seed" in known else {})
 
 
 # The sections of the configuration that decide what a stage makes; it is made again when a value in them changes.
@@ -234,15 +243,15 @@ FREE = {
 def numbers(stage, **fixed):
     """For params: the values that a stage reads, as JSON; `fixed` stands for wildcards that its files do not have."""
 
-    def values(wildcards):
+    def read(wildcards):
         known = {**wildcards, **fixed}
-        composed = tree(*chosen(known), *config["overrides"])
-        read = {key: part(composed, key) for key in (key.format(**known) for key in READS[stage])}
+        values = composed(known)
+        found = {key: part(values, key) for key in (key.format(**known) for key in READS[stage])}
         for key, free in FREE.get(stage, {}).items():
-            read[key] = {name: value for name, value in read[key].items() if name not in free}
-        return json.dumps(read, sort_keys=True)
+            found[key] = {name: value for name, value in found[key].items() if name not in free}
+        return json.dumps(found, sort_keys=True)
 
-    return values
+    return read
 
 
 def code(stage):
@@ -324,7 +333,7 @@ def of_medium(pattern, name):
 
 def prompt_file(wildcards):
     """The downloaded file that a suite takes its prompts from; none where they are drawn."""
-    name = tree(*chosen(wildcards), *config["overrides"])["suites"][wildcards.suite].get("file")
+    name = composed(wildcards)["suites"][wildcards.suite].get("file")
     return fetched(name) if name else []
 
 
