@@ -8,34 +8,21 @@ import fcntl
 import functools
 import glob
 import hashlib
-import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
-import resource
 import shutil
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from rcm import usage
+
+METRICS = "metrics.jsonl"  # rows of a training: what each took, its `wall`, is no part of their identity
 MANIFEST = "manifest.json"  # a folder that holds one names its own content there, under "content_sha256"
 _PARTIAL = ".partial"
-_PACKAGES = (
-    "torch",
-    "numpy",
-    "safetensors",
-    "hydra-core",
-    "snakemake",
-    "opencv-python-headless",
-    "pillow",
-)
 
 
 class UserError(Exception):
@@ -158,7 +145,7 @@ def read_json(path: Path | str) -> Any:
         return json_value(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON (damaged or truncated?): {error}") from error
 
 
@@ -190,18 +177,28 @@ def sha256_folder(path: Path | str) -> str:
 def content_sha256(path: Path | str) -> str:
     """What identifies an artefact: the bytes of a file, the files of a folder, or what the folder's manifest names.
 
-    The last is for DCP folders, whose files may differ although their tensors are equal (`rcm.checkpoints.dcp`).
+    The last is for DCP folders, whose files may differ although their tensors are equal (`rcm.checkpoints.dcp`). Of
+    the rows of a training their times do not count.
     """
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path} does not exist")
     if not path.is_dir():
-        return sha256_file(path)
+        return _sha256_rows(path) if path.name.endswith(METRICS) else sha256_file(path)
     if (path / MANIFEST).exists():
         manifest = read_json(path / MANIFEST)
         if isinstance(manifest, dict) and isinstance(manifest.get("content_sha256"), str):
             return manifest["content_sha256"]
     return sha256_folder(path)
+
+
+def _sha256_rows(path: Path) -> str:
+    """SHA-256 over the rows of a training without their `wall`; of the bytes where they are no such rows."""
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return sha256_json([{key: value for key, value in row.items() if key != "wall"} for row in rows])
+    except (ValueError, AttributeError, RecursionError):
+        return sha256_file(path)
 
 
 def verified_sha256(path: Path | str, found: str | None = None) -> str:
@@ -289,60 +286,6 @@ def _relative(path: Path) -> str:
     return path.name if relative.parts[:1] == ("..",) else relative.as_posix()
 
 
-def _git_version() -> dict[str, Any] | None:
-    """Commit of the working copy this library runs from and whether it has changes; None outside of git."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-
-    try:
-        git(
-            "ls-files", "--error-unmatch", Path(__file__).name
-        )  # not some other repository around a virtual environment
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def _host() -> dict[str, Any]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    host: dict[str, Any] = {"system": f"{platform.system()} {platform.machine()}", "cpu": _cpu_model(), "cores": cores}
-    torch = sys.modules.get("torch")  # looked at only if the stage has used it
-    if torch is not None:
-        host["threads"] = torch.get_num_threads()
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
-            host["gpu"] = torch.cuda.get_device_name()
-            host["gpu_peak_mib"] = torch.cuda.max_memory_allocated() // 2**20
-    if "flash_jvp" in sys.modules:
-        host["attention"] = sys.modules["flash_jvp"].taken()
-    return host
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
-
-
-def peak_mib() -> float:
-    """Largest resident memory of this process so far, MiB (getrusage counts in KiB, on macOS in bytes)."""
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
-
-
 def beside(path: Path | str, suffix: str) -> Path:
     """The companion of an artefact: `beside("a/x.tar", ".prov.json")` is `a/x.tar.prov.json`."""
     path = Path(path)
@@ -356,6 +299,8 @@ def recording(
     inputs: Iterable[Path | str] | Mapping[Path, str] = (),
     config: Mapping[str, Any] | None = None,
     seed: int | None = None,
+    ranks: int = 1,
+    resume: Path | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Write `X.prov.json` and `X.run.json` beside every output X once the block has made them.
 
@@ -367,11 +312,14 @@ def recording(
             block fills in, by `verified_sha256`.
         config: the numbers that the stage depends on, JSON types only.
         seed: the seed it ran under.
+        ranks: how many processes do this together.
+        resume: folder of the state of an unfinished run; it remembers what earlier attempts took.
 
-    `.prov.json` is a function of inputs, code and configuration (no times, hosts or absolute paths); `.run.json` says
-    what this one run took, and where. Yields a dict for facts of the run, which end up in `.run.json`.
+    `.prov.json` is a function of inputs, code and configuration (no times, hosts, commits or absolute paths). Its
+    `code_sha256` is of the whole library, all that could have had a part in it. `.run.json` says what this one run
+    took, all attempts together, where, and by which commit. Yields a dict for facts of the run, which end up there;
+    under `ranks` it may be given the `usage` of the other ranks.
     """
-    started, clock = datetime.now(UTC), time.perf_counter()
     files = [Path(path) for path in inputs]
     for path in files:
         if not path.exists():
@@ -387,17 +335,17 @@ def recording(
         "code_sha256": code_digest(),
         "seed": seed,
     }
-    git = _git_version()
+    git = usage.git_version()
     facts: dict[str, Any] = {}
-    yield facts
+    with usage.metered(resume / "attempts" if resume is not None else None, ranks) as meter:
+        yield facts
     provenance["inputs"] = [{"path": _relative(path), "sha256": hashes[path]} for path in files]
     run = {
         "stage": stage,
-        "started": started.isoformat(timespec="seconds"),
-        "wall_seconds": round(time.perf_counter() - clock, 3),
-        "peak_mib": peak_mib(),
-        "host": _host(),
-        "versions": _versions(),
+        **meter.record(facts.pop("ranks", None)),
+        "command": usage.command(),
+        "host": usage.host(),
+        "versions": usage.versions(),
         "git": git,
         "facts": facts,
     }

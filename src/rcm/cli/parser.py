@@ -694,6 +694,16 @@ STAGES: dict[str, Stage] = {
         "rcm stages",
         more=("rcm stages --check", "rcm stages tiny cosmos-predict2-2b"),
     ),
+    "why": Stage(
+        "rcm.cli.why:why",
+        "Say where a number, figure or student comes from: the chain back to checkpoint, prompts and code.",
+        (
+            Option("file", "a table, figure, score, sample folder, student: anything that has a .prov.json"),
+            Option("--model", "of a table, figure or report one model and its steps, such as rcm-0-4", str, False),
+            Option("--check", "hash what is big, too, and take what is gone for broken", bool, False),
+        ),
+        "rcm why results/tiny/tables/table1.csv --model rcm-0-4",
+    ),
     "doctor": Stage(
         "rcm.cli.doctor:doctor",
         "Say what is installed, which backends will be used, and what is used instead of what is missing.",

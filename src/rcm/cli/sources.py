@@ -18,7 +18,8 @@ from rcm.cli.parser import STAGES
 
 PACKAGES = ("rcm", "flash_jvp")
 SILENT = {  # modules, or MODULE:FUNCTION
-    *("rcm", "rcm.__main__", "rcm.artefact", "rcm.cli", "rcm.cli.config", "rcm.cli.parser", "rcm.cli.progress"),
+    *("rcm", "rcm.__main__", "rcm.artefact", "rcm.usage"),
+    *("rcm.cli", "rcm.cli.config", "rcm.cli.parser", "rcm.cli.progress"),
     *("rcm.cli.train:_previewer", "rcm.training.signals"),  # what is looked at during a training, and when it stops
     *("rcm.checkpoints.download", "rcm.checkpoints.origins", "rcm.checkpoints.transfer"),  # what comes is known by hash
     *("flash_jvp.tuning", "flash_jvp.sweep"),  # which tiles are fastest

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rcm.artefact import atomic_file, beside, peak_mib
+from rcm.artefact import atomic_file, beside
 from rcm.data.shards import LatentDataset
 from rcm.data.stream import stream
 from rcm.parallel import COUNTER, Mesh
+from rcm.usage import peak_mib
 
 from .alarms import Alarms
 from .batches import Draws, shares
