@@ -19,7 +19,7 @@ from tests.training.test_distill import configuration
 from rcm.checkpoints import load_dcp
 from rcm.cli import main
 from rcm.cli.ranks import PATIENCE, speaker
-from rcm.launch import _children, _first_cause, _forward
+from rcm.launch import _children, _forward, first_cause
 from rcm.parallel import parallelize, start
 from rcm.training.distill import distill
 from rcm.training.signals import EXIT_INTERRUPTED
@@ -158,10 +158,12 @@ def test_a_rank_or_thread_that_has_just_ended_keeps_no_signal_from_the_others(mo
 def test_the_first_cause_is_not_its_consequence(capsys):
     failures = {0: (1, 4), 1: (-signal.SIGABRT, 3), 2: (-signal.SIGKILL, 5), 3: (-signal.SIGTERM, 6)}
     table = {rank: SimpleNamespace(exitcode=code, timestamp=at) for rank, (code, at) in failures.items()}
-    assert _first_cause(table) == 128 + signal.SIGKILL
+    assert first_cause(table).status == 128 + signal.SIGKILL
+    first_cause(table).speak()
     assert "rank 2 failed first: it was killed by SIGKILL" in capsys.readouterr().err
     del table[2], table[1]
-    assert _first_cause(table) == 1
+    assert first_cause(table).status == 1
+    first_cause(table).speak()
     assert "rank 0 failed first: it ended with 1" in capsys.readouterr().err
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 try:
     from rcm.artefact import UserError
-    from rcm.cli.config import OF_A_MEDIUM, compose, options, read_schema, several, stored, validate
+    from rcm.cli.config import OF_A_MEDIUM, compose, files_here, options, read_schema, several, stored, validate
     from rcm.cli.evaluators import OFFICIAL, WEIGHTS, subject
     from rcm.cli.sources import stage_code
     from rcm.report.legends import LEGENDS
@@ -267,17 +267,39 @@ def overrides(stage, **fixed):
     return lambda wildcards, threads: shlex.join([*chosen({**wildcards, **fixed}), *config["overrides"]])
 
 
-def launcher(wildcards, threads):
+def machines():
+    """How many machines a distillation starts on: as many as its processes fill, where a profile names `gpus_per_node`."""
+    size = workflow.resource_settings._parsed_default_resources.get("gpus_per_node")
+    if size is None or config["nproc"] <= size.value:
+        return 1
+    if config["nproc"] % size.value:
+        sys.exit(
+            f"snakemake: error: configuration key 'nproc' is {config['nproc']}; allowed on machines of {size.value} GPUs "
+            "(gpus_per_node of the profile): a multiple of it, for a distillation has its machines to itself"
+        )
+    return config["nproc"] // size.value
+
+
+MACHINES = machines()
+
+
+def launcher(wildcards, threads, resources):
     """For params: how a distillation starts, with a process for each thread, or at scales of real models for each GPU.
 
     Free as `overrides`. Rounded weights need a launcher even for one process: master weights are FSDP's.
     """
     precision = tree(*chosen(wildcards), *config["overrides"])["parallel"]["precision"]
-    processes = config["nproc"] if BIG else threads
-    if processes == 1 and precision == "float32":
+    processes = config["nproc"] // MACHINES if BIG or MACHINES > 1 else threads
+    if processes * MACHINES == 1 and precision == "float32":
         return "python -m rcm"
     environment = "" if BIG else "OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 "
-    return f"{environment}python -m rcm.launch --standalone --nproc-per-node {processes} -m rcm"
+    launch = f"python -m rcm.launch --nproc-per-node {processes} -m rcm"
+    if MACHINES == 1:
+        return f"{environment}{launch.replace('--nproc', '--standalone --nproc')}"
+    return (
+        f"{environment}{resources.mpi} --nodes={MACHINES} --ntasks={MACHINES} --ntasks-per-node=1 "
+        f"--cpus-per-task={resources.cpus_per_task} --kill-on-bad-exit=0 {launch}"
+    )
 
 
 def told(path, category):
@@ -324,6 +346,11 @@ def sized(tiny, big):
 def fetched(name):
     """Where a download goes, for rules with the wildcard media."""
     return stored(SCALE, "{media}", name, CHECKPOINTS[name])
+
+
+def source(name):
+    """For input: the files that a download is made of, where they are on this machine."""
+    return lambda wildcards: files_here(composed(wildcards)["checkpoints"][name]["source"])
 
 
 def of_medium(pattern, name):
@@ -383,6 +410,13 @@ def elsewhere(python, needs):
         f'"${{{{CONDA_PREFIX:-}}}}/bin/python" -c "import {needs}" || {{{{ echo "{python}: error: {needs} cannot be imported '
         f'here: call snakemake with --sdm conda, which makes its environment from workflow/envs/"; exit 1; }}}}; '
     )
+
+
+def environment(name):
+    """For params: the packages of workflow/envs/NAME.yaml, and what is installed behind them, without comments."""
+    file = Path(workflow.source_path(f"../envs/{name}.yaml"))
+    behind = Path(workflow.current_basedir) / f"../envs/{name}.post-deploy.sh"
+    return sha256_json([yaml.safe_load(file.read_text()), steps])[:16]
 
 
 def by(*scorers):

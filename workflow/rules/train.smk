@@ -18,9 +18,16 @@ rule distill:
     priority: 50
     threads: config["nproc"]
     resources:
-        mem_mb=lambda wildcards, threads: sized(1500, 64000) * threads,
+        # on several machines by Slurm's srun: memory, cores and GPUs are then those of each
+        mem_mb=lambda wildcards, threads: sized(1500, 64000) * threads // MACHINES,
         runtime=60 * config["hours"]["distill"],
-        gpu=sized(0, config["nproc"]),
+        gpu=sized(0, config["nproc"]) if MACHINES == 1 else None,
+        mpi="srun" if MACHINES > 1 else None,
+        nodes=MACHINES if MACHINES > 1 else None,
+        tasks=MACHINES if MACHINES > 1 else None,
+        tasks_per_gpu=0 if MACHINES > 1 else None,
+        cpus_per_task=config["nproc"] // MACHINES if MACHINES > 1 else None,
+        gres=f"gpu:{config['nproc'] // MACHINES}" if BIG and MACHINES > 1 else None,
     params:
         cfg=numbers("distill"),
         code=code("distill"),

@@ -23,7 +23,10 @@ class Caught:
 
 @contextmanager
 def caught_signals(*, at_once: bool = False, speak: bool = True) -> Iterator[Caught]:
-    """Note signals, or leave by SystemExit(EXIT_INTERRUPTED); the second of a kind acts as it did before."""
+    """Note signals, or leave by SystemExit(EXIT_INTERRUPTED); the second of a kind acts as it did before.
+
+    Not the second SIGUSR1: Slurm sends it to launcher and rank, and the launcher passes it on.
+    """
     caught = Caught(at_once)
     if threading.current_thread() is not threading.main_thread():
         yield caught
@@ -31,7 +34,7 @@ def caught_signals(*, at_once: bool = False, speak: bool = True) -> Iterator[Cau
 
     def catch(number: int, _frame: Any) -> None:
         caught.numbers.append(number)
-        signal.signal(number, before[number])
+        signal.signal(number, signal.SIG_IGN if number == signal.SIGUSR1 else before[number])
         if caught.at_once:
             raise SystemExit(EXIT_INTERRUPTED)
 
