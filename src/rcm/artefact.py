@@ -4,6 +4,8 @@ A writer works in a temporary folder beside the final name and renames. Whoever 
 kill -9) leaves nothing under the final name; the next writer of that name removes what a killed process left behind.
 """
 
+import ctypes
+import errno
 import fcntl
 import functools
 import glob
@@ -46,6 +48,57 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+_DISK = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Have a fault of the disk be an OSError that names `path`, whichever library was writing."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if (number := _disk_fault(error, path)) is None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def _disk_fault(error: BaseException | None, path: Path) -> int | None:
+    """The number of a fault of the disk, also where a library tells of it in words, or it was the cause; else None."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno is not None:
+            staged = error.filename is not None and f".{path.name}." in os.fsdecode(error.filename)
+            if staged or (error.filename is None and error.errno in _DISK):
+                return error.errno
+        elif numbers := [number for number in _DISK if os.strerror(number) in str(error)]:
+            return numbers[0]
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def replace(temporary: Path, final: Path) -> None:
+    """Give what is finished its final name; what is recorded of an older one of that name is removed before.
+
+    A folder and an older one change places at once where system and file system can; elsewhere the older one is moved
+    aside first. Between these two renames there is no folder at all, never half of one.
+    """
+    for suffix in (".prov.json", ".run.json"):
+        beside(final, suffix).unlink(missing_ok=True)
+    if final.is_dir() and not _exchange(temporary, final):
+        final.replace(temporary.with_name("replaced"))
+    if not final.is_dir():
+        temporary.replace(final)
+    sync(final.parent)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two names change places at once (Linux; not on NFS); whether that was done."""
+    exchange = getattr(ctypes.CDLL(None), "renameat2", None)
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return exchange is not None and exchange(here, os.fsencode(one), here, os.fsencode(other), swap) == 0
+
+
 def _remove_leftovers(final: Path) -> None:
     """Delete staging folders of `final` whose writer is dead: a living writer holds a lock on its own."""
     for folder in final.parent.glob(f".{glob.escape(final.name)}.*{_PARTIAL}"):
@@ -67,15 +120,16 @@ def _staging(final: Path) -> Iterator[Path]:
     """A locked folder `.NAME.xxxxxxxx.partial` beside `final` (so on the same file system), removed afterwards."""
     final.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(final)
-    folder = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=_PARTIAL, dir=final.parent))
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield folder
-    finally:
-        os.close(descriptor)
-        shutil.rmtree(folder, ignore_errors=True)
+    with writing(final):
+        folder = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=_PARTIAL, dir=final.parent))
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield folder
+        finally:
+            os.close(descriptor)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -88,17 +142,12 @@ def atomic_file(path: Path | str) -> Iterator[Path]:
         temporary = folder / final.name
         yield temporary
         sync(temporary)
-        temporary.replace(final)
-        sync(final.parent)
+        replace(temporary, final)
 
 
 @contextmanager
 def atomic_folder(path: Path | str) -> Iterator[Path]:
-    """Yield an empty temporary folder of the same name; when the block succeeds it takes the place of `path`.
-
-    An older folder of that name is moved aside first and then deleted. Between these two renames there is no folder
-    at all (never half of one), so a run that is killed just there has to be repeated.
-    """
+    """Yield an empty temporary folder of the same name; when the block succeeds it takes the place of `path`."""
     final = Path(path)
     if final.exists() and not final.is_dir():
         raise UserError(f"{final} is a file, but a folder is to be written there; remove it or choose another name")
@@ -110,10 +159,7 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
             for name in names:
                 sync(Path(root, name))
             sync(Path(root))
-        if final.exists():
-            final.replace(folder / "replaced")
-        temporary.replace(final)
-        sync(final.parent)
+        replace(temporary, final)
 
 
 def write_text(path: Path | str, text: str) -> None:
