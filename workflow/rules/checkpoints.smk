@@ -4,6 +4,8 @@ for NAME in CHECKPOINTS:
     rule:
         name:
             f"download_{NAME}"
+        input:
+            source(NAME),
         output:
             directory(fetched(NAME)) if several(CHECKPOINTS[NAME]) else fetched(NAME),
         log:

@@ -8,8 +8,10 @@ import sys
 from functools import cache
 from pathlib import Path
 
+import yaml
+
 try:
-    from rcm.artefact import UserError
+    from rcm.artefact import UserError, sha256_json
     from rcm.cli.config import OF_A_MEDIUM, compose, files_here, options, read_schema, several, stored, validate
     from rcm.cli.evaluators import OFFICIAL, WEIGHTS, subject
     from rcm.cli.sources import stage_code
@@ -413,10 +415,12 @@ def elsewhere(python, needs):
 
 
 def environment(name):
-    """For params: the packages of workflow/envs/NAME.yaml, and what is installed behind them, without comments."""
+    """For params: a digest of workflow/envs/NAME.yaml and of the script that Snakemake runs after it, less comments."""
     file = Path(workflow.source_path(f"../envs/{name}.yaml"))
-    behind = Path(workflow.current_basedir) / f"../envs/{name}.post-deploy.sh"
-    return sha256_json([yaml.safe_load(file.read_text()), steps])[:16]
+    script = file.with_suffix(".post-deploy.sh")
+    lines = script.read_text(encoding="utf-8").splitlines() if script.exists() else []
+    steps = [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    return sha256_json([yaml.safe_load(file.read_text(encoding="utf-8")), steps])[:16]
 
 
 def by(*scorers):

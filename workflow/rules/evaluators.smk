@@ -118,6 +118,7 @@ if by("geneval-mmdet"):
             gpu=1,
         params:
             cfg=numbers("official"),
+            environment=environment("geneval"),
             # free, as `threads` is not compared: `evaluate` decides anew by what is stored
             least=lambda wildcards, threads: FIRST["evaluation"]["known_at_least"],
         message:
@@ -149,6 +150,7 @@ if by("vbench", "vbench-long"):
             gpu=1,
         params:
             cfg=numbers("official"),
+            environment=environment("vbench"),
             kept=f"resume/{SCALE}/{{media}}/official-{SCORER}/{{model}}",
             protocol=f"--protocol {SCORER} --still-samples {FIRST['suites']['report'].get('still_samples', 0)}",
             # free, as `threads` is not compared: `evaluate` decides anew

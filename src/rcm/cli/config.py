@@ -13,6 +13,8 @@ from functools import cache, reduce
 from operator import getitem
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import yaml
 from hydra import compose as hydra_compose
@@ -53,6 +55,15 @@ def several(source: str) -> bool:
     """Whether a source of `checkpoints` means a folder of files."""
     last = source.rpartition("/")[2]
     return not last or "*" in last
+
+
+def files_here(source: str) -> list[str]:
+    """The files on this machine that a source of `checkpoints` means: none where it is an address elsewhere."""
+    parts = urlsplit(source)
+    if parts.scheme not in ("", "file"):
+        return []
+    path = Path(url2pathname(parts.path) if parts.scheme else source)
+    return sorted(str(file) for file in path.rglob("*") if file.is_file()) if path.is_dir() else [str(path)]
 
 
 def stored(scale: str, media: str, name: str, source: str) -> str:
