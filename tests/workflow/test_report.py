@@ -81,3 +81,10 @@ def test_report(snakemake: Run, clone: Path) -> None:
     assert text("table1.csv") == text("table2.tex") == told
     assert shown["table1.csv"]["caption"].count("<pre") == f"{words}{hostile}".count("\n\n|")
     assert "system-message" not in page
+
+
+@pytest.mark.slow
+def test_the_picture_of_the_rules_is_current(snakemake: Run, clone: Path) -> None:
+    draw = [sys.executable, clone / "workflow/scripts/draw_rules.py"]
+    made = subprocess.run(draw, input=snakemake("--rulegraph", "mermaid-js"), capture_output=True, text=True)
+    assert made.stdout == (ROOT / "docs/rules.svg").read_text(encoding="utf-8"), "draw docs/rules.svg again"
