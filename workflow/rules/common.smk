@@ -272,7 +272,7 @@ def overrides(stage, **fixed):
 def machines():
     """How many machines a distillation starts on: as many as its processes fill, where a profile names `gpus_per_node`."""
     size = workflow.resource_settings._parsed_default_resources.get("gpus_per_node")
-    if size is None or config["nproc"] <= size.value:
+    if size is None or size.value is None or config["nproc"] <= size.value:
         return 1
     if config["nproc"] % size.value:
         sys.exit(
