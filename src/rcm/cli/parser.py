@@ -704,6 +704,20 @@ STAGES: dict[str, Stage] = {
         ),
         "rcm why results/tiny/tables/table1.csv --model rcm-0-4",
     ),
+    "record": Stage(
+        "rcm.cli.record:record",
+        "Write what Snakemake made into dvc.lock, after a check that it is whole and current; then: dvc push.",
+        (Option("targets", "stages of dvc.yaml, with what they need (default: all)", str, False, repeat=True),),
+        "rcm record",
+        more=("rcm record table1",),
+    ),
+    "sync": Stage(
+        "rcm.cli.record:sync",
+        "Fetch what dvc.lock names, check it, and have Snakemake and DVC take it for made; runs no stage.",
+        (Option("targets", "stages of dvc.yaml, with what they need (default: all)", str, False, repeat=True),),
+        "rcm sync",
+        more=("rcm sync table1",),
+    ),
     "doctor": Stage(
         "rcm.cli.doctor:doctor",
         "Say what is installed, which backends will be used, and what is used instead of what is missing.",
