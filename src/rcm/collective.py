@@ -13,14 +13,15 @@ Result = TypeVar("Result")
 def everywhere(action: Callable[[], Result], group: dist.ProcessGroup | None) -> list[Result]:
     """What `action` returns on each rank of `group`, in their order (None: alone).
 
-    Raises on all ranks what the first that failed raised there: its UserError, or a RuntimeError that tells of it.
+    Raises on all ranks what the first that failed raised there: its UserError or OSError, or a RuntimeError that tells
+    of it.
     """
     if group is None:
         return [action()]
     outcome: tuple[str | Exception | None, Any]
     try:
         outcome = None, action()
-    except UserError as error:
+    except (UserError, OSError) as error:
         outcome = error, None
     except Exception as error:
         outcome = f"rank {dist.get_rank(group)}: {type(error).__name__}: {error}", None
@@ -28,5 +29,5 @@ def everywhere(action: Callable[[], Result], group: dist.ProcessGroup | None) ->
     dist.all_gather_object(outcomes, outcome, group=group)
     for failure, _ in outcomes:
         if failure is not None:
-            raise failure if isinstance(failure, UserError) else RuntimeError(failure)
+            raise failure if isinstance(failure, Exception) else RuntimeError(failure)
     return [result for _, result in outcomes]

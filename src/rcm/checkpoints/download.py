@@ -15,7 +15,17 @@ from typing import Any
 
 from tqdm import tqdm
 
-from rcm.artefact import UserError, beside, content_sha256, read_json, reason, sha256_file, sha256_json, write_json
+from rcm.artefact import (
+    UserError,
+    beside,
+    content_sha256,
+    read_json,
+    reason,
+    replace,
+    sha256_file,
+    sha256_json,
+    write_json,
+)
 from rcm.checkpoints import transfer
 from rcm.checkpoints.origins import Origin, find, is_folder, page_of, public, scheme_of
 from rcm.checkpoints.safe import INDEX, read_index
@@ -53,7 +63,7 @@ def download(source: str, out: Path | str, sha256: str | None = None) -> None:
         raise UserError(f"{sha256!r} is not a SHA-256: expected 64 hexadecimal digits, or at least the first 8")
     address = public(source)
     sha256 = _whole(address, out, sha256)
-    if _is_there(address, out, sha256):
+    if not _lock(out).exists() and _is_there(address, out, sha256):
         return
     if _offline(address):
         _accept(address, out, sha256)
@@ -89,10 +99,14 @@ def _is_there(source: str, out: Path, sha256: str | None) -> bool:
     return out.exists() and known and verify(out) is not None
 
 
+def _lock(out: Path) -> Path:
+    return out.with_name(f".{out.name}{_PARTIAL}{_LOCK}")
+
+
 @contextmanager
 def _alone(out: Path) -> Iterator[None]:
     """Lock what is downloaded to `out`, until it is there and recorded; wait for a process that has locked it."""
-    lock = out.with_name(f".{out.name}{_PARTIAL}{_LOCK}")
+    lock = _lock(out)
     lock.parent.mkdir(parents=True, exist_ok=True)
     while True:
         with lock.open("a") as file:
@@ -107,6 +121,7 @@ def _alone(out: Path) -> Iterator[None]:
                 continue  # who had it has removed it
             try:
                 yield
+                journal_of(_staging(out)).unlink(missing_ok=True)
             finally:
                 lock.unlink(missing_ok=True)
             return
@@ -274,7 +289,7 @@ def _fetch(origin: Origin, source: str, out: Path, sha256: str | None) -> Files:
             )
     elif out.is_dir():
         raise UserError(f"{out} is a folder, but {source} is one file: remove it, or choose another name")
-    staging = out.with_name(f".{out.name}{_PARTIAL}")
+    staging = _staging(out)
     places = {name: staging / name if folder else staging for name in origin.files}
     total = sum(remote.size or 0 for remote in origin.files.values()) or None
     _check_space(source, out, (total or 0) - sum(_on_disk(place) for place in places.values()))
@@ -293,10 +308,13 @@ def _fetch(origin: Origin, source: str, out: Path, sha256: str | None) -> Files:
         if out.is_dir():
             out.rmdir()
     beside(out, _MANIFEST).unlink(missing_ok=True)  # of what was there before
-    staging.replace(out)
-    if not folder:
-        journal_of(staging).unlink()
+    replace(staging, out)
     return files
+
+
+def _staging(out: Path) -> Path:
+    """Where a download lies until it is verified."""
+    return out.with_name(f".{out.name}{_PARTIAL}")
 
 
 def _expected(sha256: str | None, recorded: str | None) -> str | None:

@@ -1,12 +1,23 @@
 """The command line: `python -m rcm STAGE`, one thin function a stage.
 
 A stage reads the composed configuration, opens files, calls the library and writes its outputs atomically; formulas
-live below. Mistakes of the user end in one sentence and exit status 2, Ctrl-C in one sentence and 130. A stage's
-module, and torch with it, is imported only when the stage runs, so that `--help` is instant.
+live below. Mistakes of the user, and a full disk, end in one sentence and exit status 2; Ctrl-C, SIGTERM and SIGUSR1 in
+one sentence and 128 + their number. A stage's module, and torch with it, is imported only when the stage runs, so that
+`--help` is instant.
 """
 
+import errno
+import os
+import shutil
+import signal
 import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
+from typing import Any
 
 from rcm.artefact import UserError, reason
 from rcm.cli.parser import STAGES, overview, parse
@@ -16,7 +27,7 @@ __all__ = ["main"]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one stage and return its exit status (0 done, 2 the user's mistake, 130 interrupted)."""
+    """Run one stage and return its exit status (0 done, 2 the user's mistake, above 128 ended by a signal)."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(overview())
@@ -33,7 +44,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         arguments = parse(name, rest)
         module, function = STAGES[name].where.split(":")
-        getattr(import_module(module), function)(arguments)
+        with _ended_by_signals():
+            getattr(import_module(module), function)(arguments)
     except UserError as mistake:
         print(f"{speaker(f'rcm {name}')}: error: {one_line(str(mistake))}", file=sys.stderr)
         return 2
@@ -46,13 +58,45 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as fault:
         if fault.strerror is None:
             raise
-        place = "" if fault.filename is None else f"{one_line(str(fault.filename))}: "  # a full disk has no name
-        print(f"rcm {name}: error: {place}{fault.strerror}", file=sys.stderr)
+        print(f"{speaker(f'rcm {name}')}: error: {_told(fault)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"\nrcm {name}: interrupted; no unfinished output was left, run it again to go on", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as interrupt:
+        if rank() == 0:
+            told = "interrupted; no unfinished output was left, run it again to go on"
+            print(f"{'' if interrupt.args else chr(10)}rcm {name}: {told}", file=sys.stderr)
+        return 128 + (interrupt.args or (signal.SIGINT,))[0]
     return 0
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """End by SIGTERM and SIGUSR1 (a scheduler's warning) as by Ctrl-C, so that nothing unfinished is left."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, _frame: Any) -> None:
+        signal.signal(number, signal.SIG_IGN)  # it may come twice, from a scheduler and from a parent
+        raise KeyboardInterrupt(number)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _told(fault: OSError) -> str:
+    """A fault of files and disks in one sentence that names the place."""
+    place = None if fault.filename is None else one_line(os.fsdecode(fault.filename))
+    if fault.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return f"{fault.strerror}" if place is None else f"{place}: {fault.strerror}"
+    folder = next(folder for folder in Path(place or ".").absolute().parents if folder.is_dir())
+    free = [(where, shutil.disk_usage(where).free / 1e6) for where in (folder, Path(tempfile.gettempdir()))]
+    left = ", ".join(f"{where} has {megabytes:.1f} MB left" for where, megabytes in dict(free).items())
+    what = "the disk is full" if fault.errno == errno.ENOSPC else "the disk quota is used up"
+    return f"{'' if place is None else f'cannot write {place}: '}{what} ({left}): make room and run the same again"
 
 
 def one_line(message: str, limit: int = 1000) -> str:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from rcm.artefact import UserError, beside, read_json, sha256_file, sync, write_json
+from rcm.artefact import UserError, beside, read_json, replace, sha256_file, write_json, writing
 from rcm.data.samples import Sample, naming, read_sample, sample_sha256, write_sample
 from rcm.data.shards import write_manifest
 
@@ -31,10 +31,11 @@ class Unfinished:
 
     def append(self, samples: Iterable[Sample]) -> None:
         """Write samples, which a later run will find all together or not at all."""
-        self._journal["samples"] += [write_sample(self._tar, sample) for sample in samples]
-        self._sync()
-        self._journal["bytes"] = self._file.tell()
-        write_json(_journal_path(self._path), self._journal)
+        with writing(self._path):
+            self._journal["samples"] += [write_sample(self._tar, sample) for sample in samples]
+            self._sync()
+            self._journal["bytes"] = self._file.tell()
+            write_json(_journal_path(self._path), self._journal)
 
     def _sync(self) -> None:
         self._file.flush()
@@ -42,12 +43,12 @@ class Unfinished:
 
     def finish(self, manifest: Mapping[str, Any]) -> None:
         """Make it what `rcm.data.shards.write_shard` would have written at once."""
-        self._tar.close()
-        self._sync()
+        with writing(self._path):
+            self._tar.close()
+            self._sync()
         partial = _partial_path(self._path)
         write_manifest(self._path, manifest, self._journal["samples"], sha256_file(partial))
-        partial.replace(self._path)
-        sync(self._path.parent)
+        replace(partial, self._path)
         _journal_path(self._path).unlink()
 
 

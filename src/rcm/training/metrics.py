@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rcm.artefact import UserError, sha256_json
+from rcm.artefact import UserError, sha256_json, writing
 from rcm.parallel import Mesh
 
 
@@ -42,14 +42,16 @@ class MetricsLog:
     def write(self, step: int, row: Mapping[str, Any]) -> None:
         """Append the row of a step; figures that are not finite become null."""
         row = _finite({"iteration": step, **row})
-        self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
+        with writing(self.path):
+            self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
         if self._wandb is not None:
             self._wandb.log(row, step=step)
 
     def flush(self) -> None:
         """Put every row so far on the disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with writing(self.path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self.flush()

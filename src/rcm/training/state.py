@@ -176,6 +176,8 @@ class States:
 
 def remove_states(folder: Path) -> None:
     """Remove the state of a run that is finished and whose results are safe."""
+    for state in reversed(_states(folder)):  # half of the newest would look like a damaged one
+        _hide(state)
     shutil.rmtree(folder, ignore_errors=True)
 
 
