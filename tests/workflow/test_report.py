@@ -26,6 +26,7 @@ def clone(tmp_path: Path) -> Path:
     for name in ("workflow", "config", "src", "kernels"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "Snakefile", tmp_path)
+    (tmp_path / "assets").symlink_to(ROOT / "assets")
     return tmp_path
 
 
