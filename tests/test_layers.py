@@ -97,7 +97,8 @@ def test_workflow_calls_stages_that_exist_with_their_options() -> None:
             )
             calls.append((call[1], call[2].replace("{params.given}", " ".join(f"--{name}" for name in named))))
     assert len(calls) == len(re.findall(r"python -m rcm |launcher\} distill", text))
-    by_hand = {"stages", "record", "sync", "why", "generate", "doctor", "plan", "adopt", "verify", "merge", "contact-sheet"}
+    by_hand = {"generate", "doctor", "plan", "adopt", "verify", "merge", "contact-sheet"}
+    by_hand |= {"stages", "record", "sync", "why"}
     assert {stage for stage, _ in calls} == set(STAGES) - by_hand
     for stage, words in calls:
         given = set(re.findall(r"(?<!\S)--[a-z-]+", words))

@@ -14,7 +14,7 @@ from rcm.artefact import content_sha256, sha256_file
 from rcm.checkpoints import load_dcp, load_pth, read_export, save_dcp
 from rcm.cli import main
 from rcm.cli.models import noise_of
-from rcm.data.shards import read_shards
+from rcm.data.shards import manifest_path, read_shards
 from rcm.evaluation.geneval import shapeeval
 from rcm.training.signals import EXIT_INTERRUPTED
 
@@ -127,7 +127,8 @@ def test_distill_repeats_itself_after_an_interruption(
         run(*arguments("whole"))
     assert shard.name not in hashed
     inputs = json.loads((tmp_path / "whole/dcp.prov.json").read_text())["inputs"]
-    assert [entry["sha256"] for entry in inputs] == [content_sha256(teacher), sha256_file(shard), sha256_file(mini.codec)]
+    others = [sha256_file(path) for path in (shard, manifest_path(shard), mini.codec)]
+    assert [entry["sha256"] for entry in inputs] == [content_sha256(teacher), *others]
     with monkeypatch.context() as patch:
         patch.setattr("rcm.cli.train.save_dcp", interrupted)
         assert main(arguments("broken")) == 130
@@ -144,8 +145,13 @@ def test_distill_repeats_itself_after_an_interruption(
         save = lambda *options: os.kill(os.getpid(), signal.SIGTERM) or save_dcp(*options)  # noqa: E731
         patch.setattr("rcm.cli.train.save_dcp", save)
         assert run(*arguments("broken")).count("interrupted before the first iteration: nothing is lost") == 1
-    for made in ("dcp", "previews"):
+    for made in ("dcp", "previews", "metrics.jsonl"):
         assert content_sha256(tmp_path / "whole" / made) == content_sha256(tmp_path / "broken" / made)
+    runs = [tmp_path / name / "metrics.jsonl.run.json" for name in ("whole", "broken")]
+    whole, broken = (json.loads(path.read_text()) for path in runs)
+    assert (whole["attempts"], broken["attempts"]) == (1, 3)
+    earlier = sum(attempt["wall_seconds"] for attempt in broken["earlier"])
+    assert 0 < earlier < broken["wall_seconds"] and broken["gpu_hours"] == 0 < broken["core_hours"]
 
 
 def test_parts_and_models_share_their_noise(mini: Mini, prompts: Path, run: Run, tmp_path: Path) -> None:

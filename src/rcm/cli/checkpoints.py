@@ -33,7 +33,7 @@ def convert(arguments: Namespace) -> None:
 
     settings = compose(arguments.overrides)[arguments.network]
     hashes: dict[Path, str] = {arguments.checkpoint: ""}
-    with recording(arguments.out, stage="convert", inputs=hashes, config=settings):
+    with recording(arguments.out, stage="convert", inputs=hashes, config={**settings, "dtype": arguments.dtype}):
         hashes[arguments.checkpoint] = verified_sha256(arguments.checkpoint, verify(arguments.checkpoint))
         state = open_state(arguments.checkpoint, verified=True)
         state = _cast(_of_network(state, settings, arguments.checkpoint), arguments.dtype)
@@ -62,7 +62,8 @@ def export(arguments: Namespace) -> None:
     }
     outputs = {name: outputs[name] for name in arguments.format or ("safetensors", "pth")}
     seed, student = config["seed"], arguments.student
-    with recording(*outputs.values(), stage="export", inputs=[student], config=settings, seed=seed):
+    config = {**settings, "dtype": arguments.dtype}
+    with recording(*outputs.values(), stage="export", inputs=[student], config=config, seed=seed):
         state = _cast(_of_network(open_dcp(student), settings["network"], student), arguments.dtype)
         settings |= {"student_sha256": content_sha256(student), "code_sha256": code_digest()}
         passes = len(outputs) + ("safetensors" in outputs)  # its checksum stands before the tensors

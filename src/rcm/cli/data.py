@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rcm.artefact import UserError, content_sha256, recording, sha256_file, write_text
 from rcm.cli.config import compose
 from rcm.cli.progress import Progress
+from rcm.usage import usage
 
 if TYPE_CHECKING:
     from rcm.cli.models import Job, Teacher
@@ -80,6 +81,7 @@ def synthesize(arguments: Namespace) -> None:
     """
     from rcm.cli.models import jobs_of, teacher
     from rcm.cli.sources import code_digest
+    from rcm.collective import everywhere
     from rcm.data.prompt_files import read_prompt_file
     from rcm.data.shards import manifest_path
     from rcm.data.unfinished import unfinished
@@ -89,15 +91,16 @@ def synthesize(arguments: Namespace) -> None:
     train = config["suites"]["train"]
     inputs = [path for path in (arguments.teacher, arguments.prompts, arguments.text) if path is not None]
     sections = ("synthesizer", "synthesis", "text", "codec", "frames", "height", "width")
-    numbers = {key: config[key] for key in sections} | {"shard": arguments.shard}
+    numbers = {key: config[key] for key in sections} | {"shard": arguments.shard, "samples": train["samples"]}
     numbers["inference"] = {key: config["inference"][key] for key in ("device", "precision", "batch")}
     with ExitStack() as stack:
         mesh = start(device=config["inference"]["device"], timeout=_A_DAY)
         stack.callback(mesh.close)
+        facts: dict[str, Any] = {}
         if mesh.is_main:  # what is written and said is rank 0's
             outputs = (arguments.out, manifest_path(arguments.out))
-            recorded = recording(*outputs, stage="synthesize", inputs=inputs, config=numbers, seed=train["seed"])
-            stack.enter_context(recorded)
+            known: dict[str, Any] = {"inputs": inputs, "config": numbers, "seed": train["seed"]}
+            facts = stack.enter_context(recording(*outputs, stage="synthesize", ranks=mesh.world, **known))
         captions = [item["prompt"] for item in read_prompt_file(arguments.prompts)]
         jobs = jobs_of(arguments.shard, len(captions), train["samples"])
         model = teacher(config, arguments.teacher, arguments.text, synthesis=True)
@@ -118,6 +121,7 @@ def synthesize(arguments: Namespace) -> None:
         _draw(model, captions, jobs, config, mesh, shard)
         if shard is not None:
             shard.finish(manifest)
+        facts["ranks"] = everywhere(usage, mesh.group)[1:]
 
 
 def _say(text: str) -> None:

@@ -30,7 +30,7 @@ def sample(arguments: Namespace) -> None:
     sections = ("frames", "height", "width", "codec", *(("network", "text", "teacher") if of_teacher else ()))
     numbers = {key: config[key] for key in sections}
     numbers |= {"samples": suite["samples"], "steps": arguments.steps, "part": arguments.part}
-    numbers |= {"control": arguments.control}
+    numbers |= {"control": arguments.control, "suite": config["suite"], "inference": config["inference"]}
     given = (arguments.checkpoint, arguments.codec, arguments.prompts, arguments.text)
     hashes = {path: "" for path in given if path is not None}
     with recording(arguments.out, stage="sample", inputs=hashes, config=numbers, seed=suite["seed"]) as facts:

@@ -39,7 +39,8 @@ def evaluate(arguments: Namespace) -> None:
     given = _given(arguments, kind)
     model, steps = model_and_steps(arguments.out)
     common = {"model": model, "steps": steps, "resamples": config["evaluation"]["bootstrap"]}
-    numbers = {"media": config["media"], "scorer": kind, **common}
+    settings = {key: config["evaluation"].get(key) for key in ("allow_missing", "known_at_least", "paper")}
+    numbers = {"media": config["media"], "scorer": kind, **common, **settings}
     read = given
     if "official" in given:  # its samples were judged elsewhere; how they were made is all that is read of them
         read = {
@@ -208,7 +209,7 @@ def figure(arguments: Namespace) -> None:
 
 def report(arguments: Namespace) -> None:
     """Make the HTML page."""
-    from rcm.report.page import report_page
+    from rcm.report.page import clip_folders, report_page
     from rcm.report.stored import read_score
 
     paths = arguments.scores or []
@@ -221,7 +222,8 @@ def report(arguments: Namespace) -> None:
     config = _configuration(scale, words, scores)
     patterns = ("tables/*.csv", "figures/*.png")
     found = {path for folder in arguments.results for pattern in patterns for path in folder.glob(pattern)}
-    with recording(arguments.out, stage="report", inputs=[*paths, *sorted(found)], config=config):
+    clips = clip_folders(arguments.results, scores)
+    with recording(arguments.out, stage="report", inputs=[*paths, *sorted(found), *clips], config=config):
         title = "rCM in miniature" if scale == "tiny" else f"rCM: {scale}"
         texts = [
             (heading, yaml.safe_dump(part, sort_keys=False, width=120, allow_unicode=True))

@@ -26,6 +26,7 @@ def throughput(arguments: Namespace) -> None:
     seed, number = config["suites"][config["suite"]]["seed"], config["evaluation"]["throughput"]
     sections = ("frames", "height", "width", "codec", "network", "text", "teacher")
     numbers = {key: config[key] for key in sections} | {"steps": steps, "samples": number}
+    numbers["inference"] = config["inference"]
     inputs = [path for path in (arguments.checkpoint, arguments.codec, arguments.prompts, arguments.text) if path]
     with recording(arguments.out, stage="throughput", inputs=inputs, config=numbers, seed=seed):
         captions = read_prompt_file(arguments.prompts)

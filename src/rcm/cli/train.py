@@ -26,13 +26,14 @@ from rcm.cli.ranks import rank
 from rcm.cli.sources import code_digest
 from rcm.codecs import to_pixels
 from rcm.collective import everywhere
-from rcm.data.shards import read_shards
+from rcm.data.shards import manifest_path, read_shards
 from rcm.parallel import Mesh, start
 from rcm.sampling import consistency_sample
 from rcm.training.distill import Preview
 from rcm.training.settings import Parallel, Settings
 from rcm.training.signals import caught_signals
 from rcm.training.state import remove_states
+from rcm.usage import usage
 
 
 def pretrain(arguments: Namespace) -> None:
@@ -46,7 +47,8 @@ def pretrain(arguments: Namespace) -> None:
     numbers = {key: config[key] for key in ("media", "frames", "network", "codec", "text", "prompts", "pretrain")}
     inputs = [arguments.codec] if arguments.codec is not None else []
     outputs, seed = (arguments.out, arguments.codec_out), config["pretrain"]["seed"]
-    with recording(*outputs, stage="pretrain", inputs=inputs, config=numbers, seed=seed):
+    resume = arguments.resume
+    with recording(*outputs, stage="pretrain", inputs=inputs, config=numbers, seed=seed, resume=resume):
         decoder, encoder = rcm.codecs.build(config["codec"]), text_encoder(config, None)
         if arguments.codec is not None:
             load_into(decoder, load_pth(arguments.codec), str(arguments.codec))
@@ -86,16 +88,16 @@ def distill(arguments: Namespace) -> None:
             device=parallel.device,
         )
         stack.callback(mesh.close)
-        numbers = {key: config[key] for key in ("network", "text", "objective", "distillation")}
-        numbers["parallel"] = {"precision": parallel.precision}
-        others = [path for path in (arguments.codec, arguments.text) if path is not None]
+        sections = ("media", "frames", "height", "width", "network", "codec", "text", "objective", "distillation")
+        numbers = {key: config[key] for key in sections} | {"parallel": {"precision": parallel.precision}}
+        numbers["teacher"] = {"negative_prompt": config["teacher"]["negative_prompt"]}
+        others = [*map(manifest_path, arguments.data), *filter(None, (arguments.codec, arguments.text))]
         inputs = dict.fromkeys([arguments.teacher, *arguments.data, *others], "")  # hashed once, by all ranks together
-        # metrics hold times, so they have no identity
-        outputs = [path for path in (arguments.out, arguments.raw, arguments.previews) if path is not None]
-        seed = config["seed"]
+        outputs = [*filter(None, (arguments.out, arguments.raw)), arguments.metrics, arguments.previews]
+        known: dict[str, Any] = {"inputs": inputs, "config": numbers, "seed": config["seed"]}
+        known |= {"ranks": mesh.world, "resume": arguments.resume}
         main = mesh.is_main  # what is written and shown is rank 0's
-        noted = recording(*outputs, stage="distill", inputs=inputs, config=numbers, seed=seed) if main else None
-        facts = stack.enter_context(noted) if noted else {}
+        facts = stack.enter_context(recording(*outputs, stage="distill", **known)) if main else {}
         data = read_shards(arguments.data, group=mesh.group)
         if data.samples[0].latents_CTHW.shape != latent_shape(config):
             raise UserError(
@@ -129,6 +131,7 @@ def distill(arguments: Namespace) -> None:
             "iterations": iterations,
             "optimizer": optimizer_kind(settings.optimizer, mesh.device.type),
             "parallel": {**asdict(parallel), **asdict(mesh.layout)},
+            "ranks": everywhere(usage, mesh.group)[1:],
         }
     if mesh.is_main:
         remove_states(arguments.resume)

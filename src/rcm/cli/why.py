@@ -200,12 +200,12 @@ def _read(path: Path, keys: Iterable[str]) -> dict[str, Any] | None:
 
 def _distinct(chain: Link) -> list[Link]:
     """Every artefact of a chain once, the nearest first."""
-    found: dict[tuple[str, str], Link] = {}
+    found: dict[tuple[str, str, str], Link] = {}
     queue = [chain]
     while queue:
         link = queue.pop(0)
-        if (link.path, link.sha256) not in found:
-            found[link.path, link.sha256] = link
+        if (key := (link.path, link.sha256, link.fault)) not in found:
+            found[key] = link
             queue += link.inputs
     return list(found.values())
 

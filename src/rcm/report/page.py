@@ -15,7 +15,7 @@ import jinja2
 import numpy as np
 from PIL import Image
 
-from rcm.artefact import UserError, read_json
+from rcm.artefact import UserError, read_json, reason
 from rcm.report.compared import Contrast, contrast, grouped, is_variant, pooled, quality_name
 from rcm.report.facts import comparable, differences, short
 from rcm.report.figures import chosen_prompts, sample_runs
@@ -68,7 +68,7 @@ def report_page(
     found = {path.stem: path for path in _files(folders, "tables/*.csv")}
     others = {name for name, medium in MEDIA.items() if medium not in _mediums(scores)}
     kept = {name: found[name] for name in sorted(found.keys() - others)}
-    tables = {name: panels(from_csv(path.read_text("utf-8"), path)) for name, path in kept.items()}
+    tables = {name: _table(path) for name, path in kept.items()}
     figures = {path.stem: path for path in _files(folders, "figures/*.png")}
     runs, records = (
         [said for said in map(read_json, _files(folders, pattern)) if _belongs(said["stage"], said["artefact"], scores)]
@@ -231,10 +231,22 @@ def _uri(data: bytes, kind: str = "png") -> str:
     return f"data:image/{kind};base64," + base64.b64encode(data).decode()
 
 
+def _table(path: Path) -> list[Any]:
+    """The panels of a table; UserError for a file that holds none."""
+    try:
+        return panels(from_csv(path.read_text("utf-8"), path))
+    except (ValueError, KeyError, csv.Error) as error:
+        raise UserError(f"{path} holds no table ({reason(error)}); make it again with `rcm table`") from error
+
+
 def _picture(path: Path) -> dict[str, Any]:
     """A figure as a data URI with its size on the page, half its pixels."""
-    with Image.open(path) as image:
-        width, height = image.size
+    try:
+        with Image.open(path) as image:
+            image.load()
+            width, height = image.size
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"the figure {path} cannot be read ({reason(error)}); draw it again") from None
     return {
         "uri": _uri(path.read_bytes()),
         "width": width // 2,
@@ -244,11 +256,16 @@ def _picture(path: Path) -> dict[str, Any]:
     }
 
 
-def _clips(folders: Sequence[Path], scores: Sequence[Score], count: int = 6) -> dict[str, Any] | None:
-    """Clips of the report suite as animations: a row a prompt, a column a model and number of steps."""
+def clip_folders(folders: Sequence[Path], scores: Sequence[Score]) -> list[Path]:
+    """The clips of the report suite that the page shows, sample folders of the models that are scored."""
     names = {f"{s['model']}-{s['steps']}" for s in scores if s["media"] == "clips" and s["model"] not in CONTROLS}
     parts = [path for path in _files(folders, "clips/samples/*/report/*-of-*") if path.is_dir()]
-    runs = sample_runs(path for path in parts if path.parts[-3] in names)
+    return [path for path in parts if path.parts[-3] in names]
+
+
+def _clips(folders: Sequence[Path], scores: Sequence[Score], count: int = 6) -> dict[str, Any] | None:
+    """Clips of the report suite as animations: a row a prompt, a column a model and number of steps."""
+    runs = sample_runs(clip_folders(folders, scores))
     if not runs:
         return None
     rows = []
