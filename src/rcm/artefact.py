@@ -99,7 +99,7 @@ def _exchange(one: Path, other: Path) -> bool:
     return exchange is not None and exchange(here, os.fsencode(one), here, os.fsencode(other), swap) == 0
 
 
-def _remove_leftovers(final: Path) -> None:
+def remove_leftovers(final: Path) -> None:
     """Delete staging folders of `final` whose writer is dead: a living writer holds a lock on its own."""
     for folder in final.parent.glob(f".{glob.escape(final.name)}.*{_PARTIAL}"):
         try:
@@ -119,7 +119,7 @@ def _remove_leftovers(final: Path) -> None:
 def _staging(final: Path) -> Iterator[Path]:
     """A locked folder `.NAME.xxxxxxxx.partial` beside `final` (so on the same file system), removed afterwards."""
     final.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(final)
+    remove_leftovers(final)
     with writing(final):
         folder = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=_PARTIAL, dir=final.parent))
         descriptor = os.open(folder, os.O_RDONLY)
@@ -366,6 +366,8 @@ def recording(
     took, all attempts together, where, and by which commit. Yields a dict for facts of the run, which end up there;
     under `ranks` it may be given the `usage` of the other ranks.
     """
+    for path in map(Path, outputs):
+        remove_leftovers(path)  # also where nothing is left to write
     files = [Path(path) for path in inputs]
     for path in files:
         if not path.exists():

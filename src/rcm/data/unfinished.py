@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from rcm.artefact import UserError, beside, read_json, replace, sha256_file, write_json, writing
+from rcm.artefact import UserError, beside, read_json, remove_leftovers, replace, sha256_file, write_json, writing
 from rcm.data.samples import Sample, naming, read_sample, sample_sha256, write_sample
 from rcm.data.shards import write_manifest
 
@@ -69,6 +69,7 @@ def unfinished(
     path.parent.mkdir(parents=True, exist_ok=True)
     with _partial_path(path).open("a+b") as file:
         _lock(file, path)
+        remove_leftovers(_journal_path(path))
         journal = _resumed(path, file, identity, say)
         if journal is None:
             journal = {"of": dict(identity), "bytes": 0, "samples": []}
