@@ -15,7 +15,7 @@ from rcm.artefact import UserError
 from rcm.report.compared import Groups, by_medium, grouped, is_variant, pooled, quality
 from rcm.report.look import FAINT, bars, color_of, grid, legend, mark, name_axis, png, row_title, strokes, style
 from rcm.report.scores import CONTROLS, Run, Score, in_order, keys_of, label, run_of
-from rcm.report.stored import noted
+from rcm.report.stored import ROUNDED, noted
 
 
 def figure_quality_diversity(scores: Sequence[Score]) -> bytes:
@@ -147,11 +147,17 @@ def _curve(ax: Axes, points: np.ndarray, color: str, stroke: Any) -> None:
     ax.plot(x, np.median(windows, axis=1), color=color, linewidth=1.3, linestyle=stroke)
 
 
-_PRECISIONS = {  # colour and legend of each precision, the most rounded first
-    "bfloat16": ("#d55e00", "bfloat16, time included"),
-    "bfloat16, time in float32": ("#0072b2", "bfloat16, time and its embedding float32"),
-    "float32": (FAINT, "float32"),
-}
+_PRECISIONS = dict(  # colour and legend of each precision
+    zip(
+        ROUNDED,
+        [
+            ("#d55e00", "bfloat16, time included"),
+            ("#0072b2", "bfloat16, time and its embedding float32"),
+            (FAINT, "float32"),
+        ],
+        strict=True,
+    )
+)
 
 
 def figure_precision(errors: Sequence[Mapping[str, Any]]) -> bytes:

@@ -85,7 +85,10 @@ def from_csv(table: str, path: str | Path = "the table") -> list[Row]:
     reader = csv.DictReader(io.StringIO(table))
     if reader.fieldnames != [f.name for f in fields(Row)]:
         raise UserError(f"{path} has the columns of another version; make the table again")
-    return [Row(**line) for line in reader]
+    lines = list(reader)
+    if strange := [number for number, line in enumerate(lines, 2) if None in line or None in line.values()]:
+        raise UserError(f"line {strange[0]} of {path} has too few or too many columns; make the table again")
+    return [Row(**line) for line in lines]
 
 
 # --- What was measured ---------------------------------------------------------------------------------------------
