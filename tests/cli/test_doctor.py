@@ -33,7 +33,7 @@ def test_doctor_names_every_part(said: Callable[..., dict[str, str]]) -> None:
     assert named | expected <= lines.keys() and "DVC remote" not in lines
     assert lines["wandb"] == "absent: metrics go to JSON lines only"
     assert lines["films"].startswith("absent")
-    assert lines["transformer-engine"].startswith("absent: on a GPU, AdamW is that of PyTorch; pip install -c constr")
+    assert lines["transformer-engine"].startswith("absent: on a GPU, AdamW is that of PyTorch; pip install --no-build-")
     assert lines["attention on cpu"] == "flash-cpu; with tangents torch; gradient flash-cpu"
     assert re.match(r"[0-9.]+ GiB free, \w+, .*link", lines["data/"])
     assert lines["last"] == "this machine can run every stage of the scale tiny"

@@ -171,8 +171,12 @@ def packages() -> Iterator[tuple[str, str]]:
     for name, instead in OPTIONAL.items():
         yield name, installed(name) or f"absent: {instead}"
     for extra, names in EXTRAS.items():
+        compiled = "--no-build-isolation " if extra == "gpu" else ""  # against the torch that is there
         for name, instead in names.items():
-            yield name, installed(name) or f"absent: {instead}; pip install -c constraints.txt -e '.[{extra}]'"
+            yield (
+                name,
+                installed(name) or f"absent: {instead}; pip install {compiled}-c constraints.txt -e '.[{extra}]'",
+            )
     yield "constraints.txt", pins(Path("constraints.txt"))
     yield "films", films()
 
