@@ -25,6 +25,7 @@ from rcm import usage
 METRICS = "metrics.jsonl"  # rows of a training: what each took, its `wall`, is no part of their identity
 MANIFEST = "manifest.json"  # a folder that holds one names its own content there, under "content_sha256"
 _PARTIAL = ".partial"
+_RECORD_BYTES = 64 * 2**20  # more than any record has
 
 
 class UserError(Exception):
@@ -336,6 +337,44 @@ def beside(path: Path | str, suffix: str) -> Path:
     """The companion of an artefact: `beside("a/x.tar", ".prov.json")` is `a/x.tar.prov.json`."""
     path = Path(path)
     return path.with_name(path.name + suffix)
+
+
+def read_record(path: Path | str) -> dict[str, Any]:
+    """A `.prov.json`; a UserError where it is damaged or no such record."""
+    path = Path(path)
+    if not path.is_file() or path.stat().st_size > _RECORD_BYTES:
+        raise UserError(f"{path} is no record of provenance; make the artefact again")
+    said = read_json(path)
+    known = isinstance(said, dict) and all(isinstance(said.get(key), str) for key in ("artefact", "sha256", "stage"))
+    inputs = said.get("inputs") if known else None
+    if not isinstance(inputs, list) or not all(
+        isinstance(item, dict) and isinstance(item.get("path"), str) and isinstance(item.get("sha256"), str)
+        for item in inputs
+    ):
+        raise UserError(
+            f"{path} is damaged: expected the artefact, its SHA-256, its stage and its inputs; make the artefact again"
+        )
+    config = said.get("config")
+    if not isinstance(config, dict) or said.get("config_sha256") != sha256_json(config):
+        raise UserError(f"{path} is damaged: its configuration is not the one of its hash; make the artefact again")
+    return said
+
+
+def read_run(path: Path | str) -> dict[str, Any] | None:
+    """A `.run.json`; None where there is none, as after `dvc pull`, or where it is damaged: nothing rests on it."""
+    with suppress(UserError):
+        said = read_json(path) if Path(path).is_file() else None
+        types: dict[str, Any] = {
+            "artefact": str,
+            "stage": str,
+            "started": str,
+            "wall_seconds": float | int,
+            "peak_mib": float | int,
+        }
+        types |= {"host": dict, "versions": dict, "git": dict | None, "facts": dict}
+        if isinstance(said, dict) and all(isinstance(said.get(key), kind) for key, kind in types.items()):
+            return said
+    return None
 
 
 @contextmanager

@@ -215,3 +215,10 @@ def total(runs: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     for key in _SUMMED:
         cost[key] = sum(float(run.get(key) or 0) for run in jobs.values())
     return {**cost, "peak_mib": max((float(run.get("peak_mib") or 0) for run in jobs.values()), default=0.0)}
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them."""
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

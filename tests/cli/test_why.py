@@ -151,7 +151,6 @@ def test_what_is_gone_is_said(project: Path, why: Why) -> None:
 
 def test_big_files_are_hashed_when_asked(project: Path, why: Why, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SMALL", 5)
-    monkeypatch.setattr(module, "read_record", read_json)
     Path("data/shards/2-of-3.tar").write_text("other text")
     status, out, _ = why("data/rcm-0/student.pth")
     assert status == 0 and "is big: --check reads it" in out

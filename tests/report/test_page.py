@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rcm.artefact import UserError
+from rcm.artefact import UserError, sha256_json
 from rcm.cli.score import _configuration
 from rcm.report.figures import figure_quality_diversity, figure_samples
 from rcm.report.legends import LEGENDS
@@ -68,6 +68,7 @@ def record(root: Path, path: str, stage: str, *inputs: str, seconds: float = 3.0
         return hashlib.sha256(name.encode()).hexdigest()
 
     said = {"artefact": path, "sha256": sha(path), "stage": stage, "code_sha256": "c0de" * 16, "seed": 0}
+    said |= {"config": {}, "config_sha256": sha256_json({})}
     said |= {"inputs": [{"path": name, "sha256": sha(name)} for name in inputs]}
     target.with_name(target.name + ".prov.json").write_text(json.dumps(said))
     run = {"artefact": path, "stage": stage, "started": "2025-01-01T00:00:00+00:00", "wall_seconds": seconds}
@@ -75,7 +76,9 @@ def record(root: Path, path: str, stage: str, *inputs: str, seconds: float = 3.0
         "facts": facts or {},
         "peak_mib": 812.0,
         "host": {"system": "Linux", "cpu": "a processor", "cores": 2},
-        "versions": {},
+        "versions": {"python": "3.11.7", "torch": "2.13.0"},
+        "git": {"commit": "c0ffee" * 6, "dirty": stage == "sample"},
+        "gpu_hours": 0.5,
     }
     target.with_name(target.name + ".run.json").write_text(json.dumps(run))
 

@@ -10,14 +10,14 @@ import re
 import textwrap
 from argparse import Namespace
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from rcm.artefact import UserError, beside, code_digest, content_sha256, read_json, sha256_json
-from rcm.usage import total
+from rcm.artefact import UserError, beside, code_digest, content_sha256, read_json, read_record, read_run, sha256_json
+from rcm.usage import duration, total
 
 SMALL = 64 * 2**20  # bytes up to which content is hashed without --check
 MANY = 4  # inputs of one stage, above which a table or figure names them without what lies behind
@@ -84,26 +84,6 @@ def why(arguments: Namespace) -> None:
 # --- Following -----------------------------------------------------------------------------------------------------
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """A `.prov.json`; a UserError where it is damaged or no such record."""
-    if not path.is_file() or path.stat().st_size > SMALL:
-        raise UserError(f"{path} is no record of provenance; make the artefact again")
-    said = read_json(path)
-    known = isinstance(said, dict) and all(isinstance(said.get(key), str) for key in ("artefact", "sha256", "stage"))
-    inputs = said.get("inputs") if known else None
-    if not isinstance(inputs, list) or not all(
-        isinstance(item, dict) and isinstance(item.get("path"), str) and isinstance(item.get("sha256"), str)
-        for item in inputs
-    ):
-        raise UserError(
-            f"{path} is damaged: expected the artefact, its SHA-256, its stage and its inputs; make the artefact again"
-        )
-    config = said.get("config")
-    if not isinstance(config, dict) or said.get("config_sha256") != sha256_json(config):
-        raise UserError(f"{path} is damaged: its configuration is not the one of its hash; make the artefact again")
-    return said
-
-
 def _root(path: Path, artefact: str) -> Path:
     """The project's folder: what is left of the path without the artefact's own."""
     own, whole = PurePosixPath(artefact).parts, path.absolute().parts
@@ -150,8 +130,8 @@ class _Follow:
             path,
             sha256,
             record,
-            _read(beside(place, ".run.json"), ("stage", "started", "wall_seconds")),
-            _read(beside(place, ".download.json"), ("source",)),
+            read_run(beside(place, ".run.json")),
+            _source(beside(place, ".download.json")),
             fault,
             note,
             tuple(self.artefact(item["path"], item["sha256"]) for item in given),
@@ -189,11 +169,11 @@ def _bytes(place: Path) -> int:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
-def _read(path: Path, keys: Iterable[str]) -> dict[str, Any] | None:
-    """A record that may be absent; a damaged one says nothing."""
+def _source(path: Path) -> dict[str, Any] | None:
+    """What a download noted; a damaged note says nothing."""
     with suppress(UserError):
         said = read_json(path) if path.is_file() else None
-        if isinstance(said, dict) and all(key in said for key in keys):
+        if isinstance(said, dict) and isinstance(said.get("source"), str):
             return said
     return None
 
@@ -342,9 +322,7 @@ def _values(record: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 def told_run(runs: Sequence[Mapping[str, Any]]) -> str:
     """When, where and how long jobs ran, and by which commit."""
     run, cost = min(runs, key=lambda run: str(run["started"])), total(runs)
-    machine = run.get("host") if isinstance(run.get("host"), Mapping) else {}
-    assert isinstance(machine, Mapping)
-    git = run.get("git")
+    machine, git = run.get("host") or {}, run.get("git")
     commit = f"commit {str(git['commit'])[:8]}{' + changes' if git.get('dirty') else ''}" if git else "no commit"
     attempts = f" in {run['attempts']} attempts" if run.get("attempts", 1) != 1 else ""
     jobs = f"{cost['jobs']} jobs, " if cost["jobs"] > 1 else ""
@@ -354,13 +332,6 @@ def told_run(runs: Sequence[Mapping[str, Any]]) -> str:
         f"{machine.get('gpu') or machine.get('cpu') or 'an unknown machine'}{job}, {cost['peak_mib']:,.0f} MiB, "
         f"{cost['gpu_hours']:.3g} GPU-hours, {commit}"
     )
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people say them."""
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _summary(chain: Link) -> Iterator[str]:

@@ -15,15 +15,17 @@ import jinja2
 import numpy as np
 from PIL import Image
 
-from rcm.artefact import UserError, read_json, reason
+from rcm.artefact import UserError, reason
 from rcm.report.compared import Contrast, contrast, grouped, is_variant, pooled, quality_name
 from rcm.report.facts import comparable, differences, short
 from rcm.report.figures import chosen_prompts, sample_runs
 from rcm.report.findings import findings
 from rcm.report.legends import LEGENDS
 from rcm.report.panels import heading, panels
+from rcm.report.provenance import chains, origins, read_records, read_runs
 from rcm.report.rows import from_csv
 from rcm.report.scores import CONTROLS, Estimate, Run, Score, headline, in_order, joined, number, reported, run_of
+from rcm.usage import duration
 
 FRAME_MS = 160  # of a clip on the page
 MEDIA = {"table1": "images", "table2": "clips"}
@@ -71,9 +73,10 @@ def report_page(
     tables = {name: _table(path) for name, path in kept.items()}
     figures = {path.stem: path for path in _files(folders, "figures/*.png")}
     runs, records = (
-        [said for said in map(read_json, _files(folders, pattern)) if _belongs(said["stage"], said["artefact"], scores)]
-        for pattern in ("**/*.run.json", "**/*.prov.json")
+        [said for said in read(_files(folders, pattern)) if _belongs(said["stage"], said["artefact"], scores)]
+        for read, pattern in ((read_runs, "**/*.run.json"), (read_records, "**/*.prov.json"))
     )
+    lines = chains(records)
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(lambda name: resources.files(__package__).joinpath(name).read_text("utf-8")),
         autoescape=True,
@@ -95,7 +98,9 @@ def report_page(
         times=_times(folders, runs, scores),
         speeds=_speeds(runs),
         host=_host(runs),
-        chains=_chains(records),
+        origins=origins(lines, runs, scores),
+        chains={"/".join(Path(path).parts[-3:]): line for path, line in lines.items()},
+        code=sorted({record["code_sha256"] for record in records}),
     )
 
 
@@ -328,8 +333,8 @@ def _times(folders: Sequence[Path], runs: Sequence[Mapping[str, Any]], scores: S
         {
             "stage": stage,
             "jobs": len(found),
-            "seconds": _duration(sum(s for s, _ in found)),
-            "longest": _duration(max(s for s, _ in found)),
+            "seconds": duration(sum(s for s, _ in found)),
+            "longest": duration(max(s for s, _ in found)),
             "peak": f"{max(m for _, m in found):,.0f}",
             "share": sum(s for s, _ in found) / longest,
         }
@@ -362,10 +367,6 @@ def _speeds(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _duration(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
-
-
 def _host(runs: Sequence[Mapping[str, Any]]) -> str:
     """Where it was measured, from the latest run."""
     if not runs:
@@ -379,21 +380,3 @@ def _host(runs: Sequence[Mapping[str, Any]]) -> str:
             *(f"{name} {versions[name]}" for name in ("python", "torch", "numpy") if name in versions),
         ]
     )
-
-
-def _chains(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """For every score file the artefacts it comes from, the nearest first, and the versions of code that made them."""
-    by_content = {record["sha256"]: record for record in records}
-    chains = []
-    for record in sorted(records, key=lambda record: record["artefact"]):
-        if record["stage"] == "evaluate" and record["artefact"].endswith(".json"):
-            line: dict[str, Mapping[str, Any]] = {}
-            queue = [record]
-            while queue:
-                found = queue.pop(0)
-                if found["sha256"] not in line:
-                    line[found["sha256"]] = found
-                    for item in found.get("inputs", []):
-                        queue.append(by_content.get(item["sha256"]) or {**item, "artefact": item["path"], "stage": ""})
-            chains.append({"name": "/".join(Path(record["artefact"]).parts[-3:]), "line": list(line.values())})
-    return {"scores": chains, "code": sorted({record["code_sha256"] for record in records})}
