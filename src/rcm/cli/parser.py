@@ -685,9 +685,9 @@ STAGES: dict[str, Stage] = {
     ),
     "stages": Stage(
         "rcm.cli.stages:stages",
-        "Write dvc.yaml and params.yaml from the workflow, so that `dvc repro` knows what Snakemake knows.",
+        "Write dvc.yaml and params.json from the workflow, so that `dvc repro` knows what Snakemake knows.",
         (
-            Option("scales", "of which scales (default: those in params.yaml, else tiny)", str, False, repeat=True),
+            Option("scales", "of which scales (default: those in params.json, else tiny)", str, False, repeat=True),
             Option("--check", "write nothing; fail where the files are not current", bool),
             Option("--values", "leave dvc.yaml, fail where it is not current: what its first stage does", bool),
         ),

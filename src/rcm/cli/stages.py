@@ -1,7 +1,7 @@
-"""dvc.yaml, params.yaml and data/code.json, made from Snakemake's jobs, so that both tools know one workflow.
+"""dvc.yaml, params.json and data/code.json, made from Snakemake's jobs, so that both tools know one workflow.
 
 A DVC stage is a rule with one combination of its wildcards, except that the parts of a scattered rule are one stage,
-whose output is the folder that holds them. params.yaml holds the values in the params `cfg` of the rules, by scale and
+whose output is the folder that holds them. params.json holds the values in the params `cfg` of the rules, by scale and
 medium; data/code.json what the params `code` and the commands of the rules are. The jobs come from Snakemake's Python
 interface: what a dry run prints has no params.
 """
@@ -19,17 +19,16 @@ from typing import Any
 
 import yaml
 
-from rcm.artefact import UserError, sha256_json, write_text
+from rcm.artefact import UserError, read_json, sha256_json, write_text
 from rcm.tree import options
 
 PLAIN = "tiny"  # the scale whose stages have no suffix
-TARGETS = ("all", "table3")  # neither ablations nor the teachers of the tiny world, which train networks of their own
+TARGETS = ("all",)  # so that what a plain run of Snakemake has made is all that DVC asks for
 UNRECORDED = ("known_photographs", "geneval_official", "vbench_official")  # rules whose outputs have no .prov.json
 PICKED = {"objective": "method", "seed": "seed"}  # sections that differ with a wildcard
 SOURCES = ("config", "constraints.txt", "kernels/flash_jvp", "Snakefile", "src/rcm", "workflow")
-PIPELINE, PARAMS, CODE = Path("dvc.yaml"), Path("params.yaml"), Path("data/code.json")
-_HEAD = "# Written by `rcm stages` from the rules under workflow/ and the numbers under config/: edit those.\n"
-_SEAL = "# sha256 of what follows: "
+PIPELINE, PARAMS, CODE = Path("dvc.yaml"), Path("params.json"), Path("data/code.json")
+_HEAD = "Written by `rcm stages` from the rules under workflow/ and the numbers under config/: edit those."
 
 
 @dataclass
@@ -41,6 +40,7 @@ class Stage:
     inputs: dict[str, None]  # in order, each once
     outputs: list[str]
     items: list[str]  # parts of a scattered rule
+    folders: bool  # whether its outputs are folders
     params: Mapping[str, Any]
     command: str
 
@@ -51,6 +51,16 @@ class Stage:
             return [str(Path(self.outputs[0]).parent)]
         beside = [".prov.json", *([".download.json"] if self.rule.startswith("download_") else [])]
         return [o + end for o in self.outputs for end in ("", *(beside if self.rule not in UNRECORDED else []))]
+
+    @property
+    def seen(self) -> dict[str, str]:
+        """What those that read an output depend on.
+
+        DVC looks through a folder file by file for each of them; a record says in one file what a folder of samples is.
+        """
+        if not self.items:
+            return {output: output for output in self.outputs}
+        return {output: f"{output}.prov.json" if self.folders else self.kept[0] for output in self.outputs}
 
     @property
     def targets(self) -> list[str]:
@@ -88,12 +98,12 @@ def all_scales() -> list[str]:
 
 
 def known_scales() -> list[str]:
-    """The scales in params.yaml, else tiny."""
+    """The scales in params.json, else tiny."""
     try:
-        held = yaml.safe_load(PARAMS.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        held = json.loads(PARAMS.read_text(encoding="utf-8"))
+        return [scale for scale in all_scales() if key(scale) in held]
+    except (FileNotFoundError, ValueError):
         return [PLAIN]
-    return [scale for scale in all_scales() if key(scale) in held]
 
 
 def require_current(path: Path, wanted: str) -> None:
@@ -103,20 +113,20 @@ def require_current(path: Path, wanted: str) -> None:
 
 
 def require_untouched() -> None:
-    """Refuse params.yaml with a change made by hand, which the stages would not follow."""
-    seal, _, body = PARAMS.read_text(encoding="utf-8").partition(_SEAL)[2].partition("\n")
-    if seal != hashlib.sha256(body.encode()).hexdigest():
-        raise UserError("params.yaml was edited by hand, but the stages read config/: edit there and run `rcm stages`")
+    """Refuse params.json with a change made by hand, which the stages would not follow."""
+    held = read_json(PARAMS)
+    if held.pop("sha256", None) != sha256_json(held):
+        raise UserError("params.json was edited by hand, but the stages read config/: edit there and run `rcm stages`")
 
 
 def texts(scales: Sequence[str]) -> tuple[str, str, str]:
-    """The contents of dvc.yaml, params.yaml and data/code.json."""
+    """The contents of dvc.yaml, params.json and data/code.json."""
     pipeline: dict[str, Any] = {
         "configure": {
-            "desc": "compose config/ into params.yaml",
+            "desc": "compose config/ into params.json",
             "cmd": "bash workflow/scripts/stage.sh",
             "deps": list(SOURCES),
-            "outs": [{str(PARAMS): {"cache": False, "persist": True}}, str(CODE)],
+            "outs": [{str(PARAMS): {"cache": False, "persist": True}}, {str(CODE): {"persist": True}}],
         }
     }
     params: dict[str, Any] = {}
@@ -129,7 +139,7 @@ def texts(scales: Sequence[str]) -> tuple[str, str, str]:
         for stage in found:
             for media, place, value in read(stage):
                 _put(values, [media, *place], value)
-        kept = {output: stage.kept[0] if stage.items else output for stage in found for output in stage.outputs}
+        kept = {output: dep for stage in found for output, dep in stage.seen.items()}
         digests = {stage.rule: digest for stage in found if (digest := _digest(stage))}
         for stage in found:
             name = "-".join([stage.rule, *stage.wildcards.values(), *([scale] if scale != PLAIN else [])])
@@ -137,27 +147,30 @@ def texts(scales: Sequence[str]) -> tuple[str, str, str]:
             metrics += [o for o in stage.outputs if "/scores/" in o and o.endswith(".json")]
             plots += [o for o in stage.outputs if o.endswith(".png")]
         params[key(scale)], code[key(scale)] = values, digests
-    body = _yaml(params)
-    whole = _HEAD + _yaml({"stages": pipeline, "metrics": metrics, "plots": plots})
-    sealed = f"{_HEAD}{_SEAL}{hashlib.sha256(body.encode()).hexdigest()}\n{body}"
-    return whole, sealed, json.dumps(code, indent=1, sort_keys=True) + "\n"
+    whole = {"stages": pipeline, "metrics": metrics, "plots": plots}
+    sealed = {"about": _HEAD, **params}
+    return (
+        f"# {_HEAD}\n{yaml.safe_dump(whole, sort_keys=False, width=120, allow_unicode=True)}",
+        _json({"sha256": sha256_json(sealed), **sealed}),
+        _json(code),
+    )
 
 
 def entry(stage: Stage, scale: str, kept: Mapping[str, str], values: Mapping[str, Any]) -> dict[str, Any]:
-    """A stage of dvc.yaml; `kept` says in what an output is kept, `values` is what params.yaml has of the scale."""
+    """A stage of dvc.yaml; `kept` says what stands for an output, `values` is what params.json has of the scale."""
     targets = " ".join(f"'{target}'" for target in stage.targets)
     named = [".".join([key(scale), *place]) for place in places(stage, values)]
     made: dict[str, Any] = {
         "cmd": f"bash workflow/scripts/stage.sh {scale} {stage.rule} {targets}",
         "deps": sorted({kept.get(path, path) for path in stage.inputs}),
-        "params": [*named, {str(CODE): [f"{key(scale)}.{stage.rule}"]}],
+        "params": [*([{str(PARAMS): named}] if named else []), {str(CODE): [f"{key(scale)}.{stage.rule}"]}],
         "outs": stage.kept,
     }
     return {name: value for name, value in made.items() if value}
 
 
 def read(stage: Stage) -> Iterable[tuple[str, list[str], Any]]:
-    """The medium, the place in params.yaml and the value of each section that a stage reads."""
+    """The medium, the place in params.json and the value of each section that a stage reads."""
     given = stage.params.get("cfg")
     chosen = re.search(r"experiment=\S+-(\w+)", stage.params["overrides"] or "")  # of rules without that wildcard
     media = stage.wildcards.get("media", chosen[1] if chosen else "")
@@ -189,7 +202,7 @@ def _put(node: dict[str, Any], place: list[str], value: Any) -> None:
         for name, inner in value.items():
             _put(held, [name], inner)
     elif held != value:
-        raise ValueError(f"params.yaml would hold {held!r} and {value!r} at {'.'.join(place)}")
+        raise ValueError(f"params.json would hold {held!r} and {value!r} at {'.'.join(place)}")
 
 
 def key(name: str) -> str:
@@ -203,8 +216,8 @@ def _digest(stage: Stage) -> str:
     return " ".join(filter(None, [stage.params.get("code"), f"command {command[:12]}"]))
 
 
-def _yaml(value: Any) -> str:
-    return yaml.safe_dump(value, sort_keys=False, width=120, allow_unicode=True)
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
 
 
 def jobs(scale: str) -> list[Stage]:
@@ -242,7 +255,9 @@ def _grouped(found: Iterable[Any]) -> list[Stage]:
         name = (job.rule.name, *wildcards.values())
         if name not in groups:
             params = {name: job.params.get(name) for name in ("cfg", "code", "overrides")}
-            groups[name] = Stage(job.rule.name, wildcards, {}, [], [], params, job.rule.shellcmd or "")
+            groups[name] = Stage(
+                job.rule.name, wildcards, {}, [], [], job.output[0].is_directory, params, job.rule.shellcmd or ""
+            )
         groups[name].inputs |= dict.fromkeys(map(str, job.input))
         groups[name].outputs += map(str, job.output)
         groups[name].items += [item] if item else []
