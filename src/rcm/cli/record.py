@@ -111,7 +111,7 @@ def _alone() -> None:
 
 
 def _current() -> tuple[dict[str, Any], str]:
-    """The stages of dvc.yaml, and what data/code.json has to be; UserError where dvc.yaml or params.yaml are not current."""
+    """The stages of dvc.yaml, and what data/code.json has to be; UserError where dvc.yaml or params.json are not current."""
     wanted, params, code = pipeline.texts(pipeline.known_scales())
     pipeline.require_current(pipeline.PIPELINE, wanted)
     pipeline.require_untouched()
@@ -134,7 +134,8 @@ def _with_inputs(known: dict[str, Any], targets: list[str]) -> list[str]:
         name = queue.pop()
         if name not in found:
             found.add(name)
-            queue += [makers[path] for path in known[name].get("deps", ()) if path in makers]
+            needed = [place for path in known[name].get("deps", ()) for place in (path, os.path.dirname(path))]
+            queue += [makers[place] for place in needed if place in makers]
     return [name for name in known if name in found]
 
 
