@@ -134,7 +134,7 @@ def _with_inputs(known: dict[str, Any], targets: list[str]) -> list[str]:
         name = queue.pop()
         if name not in found:
             found.add(name)
-            needed = [place for path in known[name].get("deps", ()) for place in (path, os.path.dirname(path))]
+            needed = [place for path in known[name].get("deps", ()) for place in (path, Path(path).parent.as_posix())]
             queue += [makers[place] for place in needed if place in makers]
     return [name for name in known if name in found]
 
