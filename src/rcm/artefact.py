@@ -25,6 +25,7 @@ from rcm import usage
 METRICS = "metrics.jsonl"  # rows of a training: what each took, its `wall`, is no part of their identity
 MANIFEST = "manifest.json"  # a folder that holds one names its own content there, under "content_sha256"
 _PARTIAL = ".partial"
+_NAMED = ("artefact", "sha256", "stage", "code_sha256")  # texts that a record of provenance must have
 _RECORD_BYTES = 64 * 2**20  # more than any record has
 
 
@@ -345,17 +346,20 @@ def read_record(path: Path | str) -> dict[str, Any]:
     if not path.is_file() or path.stat().st_size > _RECORD_BYTES:
         raise UserError(f"{path} is no record of provenance; make the artefact again")
     said = read_json(path)
-    known = isinstance(said, dict) and all(isinstance(said.get(key), str) for key in ("artefact", "sha256", "stage"))
+    known = isinstance(said, dict) and all(isinstance(said.get(key), str) for key in _NAMED)
     inputs = said.get("inputs") if known else None
     if not isinstance(inputs, list) or not all(
         isinstance(item, dict) and isinstance(item.get("path"), str) and isinstance(item.get("sha256"), str)
         for item in inputs
     ):
         raise UserError(
-            f"{path} is damaged: expected the artefact, its SHA-256, its stage and its inputs; make the artefact again"
+            f"{path} is damaged: expected an artefact, its SHA-256, stage, code and inputs; make the artefact again"
         )
-    config = said.get("config")
-    if not isinstance(config, dict) or said.get("config_sha256") != sha256_json(config):
+    try:
+        agrees = isinstance(said.get("config"), dict) and said.get("config_sha256") == sha256_json(said["config"])
+    except (ValueError, RecursionError):  # numbers that JSON does not have
+        agrees = False
+    if not agrees:
         raise UserError(f"{path} is damaged: its configuration is not the one of its hash; make the artefact again")
     return said
 
@@ -364,15 +368,16 @@ def read_run(path: Path | str) -> dict[str, Any] | None:
     """A `.run.json`; None where there is none, as after `dvc pull`, or where it is damaged: nothing rests on it."""
     with suppress(UserError):
         said = read_json(path) if Path(path).is_file() else None
-        types: dict[str, Any] = {
-            "artefact": str,
-            "stage": str,
-            "started": str,
-            "wall_seconds": float | int,
-            "peak_mib": float | int,
-        }
-        types |= {"host": dict, "versions": dict, "git": dict | None, "facts": dict}
-        if isinstance(said, dict) and all(isinstance(said.get(key), kind) for key, kind in types.items()):
+        number = float | int
+        needed: dict[str, Any] = {"artefact": str, "stage": str, "started": str, "wall_seconds": number}
+        needed |= {"peak_mib": number, "host": dict, "versions": dict, "git": dict | None, "facts": dict}
+        newer: dict[str, Any] = {"gpu_hours": number, "core_hours": number, "attempts": int}
+        if (
+            isinstance(said, dict)
+            and all(isinstance(said.get(key), kind) for key, kind in needed.items())
+            and all(isinstance(said.get(key, 0), kind) for key, kind in newer.items())
+            and (said["git"] is None or isinstance(said["git"].get("commit"), str))
+        ):
             return said
     return None
 

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import re
+import shutil
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -205,6 +206,26 @@ def test_each_score_is_followed_to_the_checkpoint(read: Reader) -> None:
     names = ["results/images/scores/rcm-0-4.json", "data/images/samples/rcm-0-4/", "student.safetensors", checkpoint]
     found = [chain.index(name) for name in names]
     assert found == sorted(found)
+
+
+def test_each_row_of_the_tables_has_its_origins_and_its_cost(tree: Path, read: Reader, tmp_path: Path) -> None:
+    """evaluate and sample took 3 s each, of which one on a changed tree, distill 300 s, half a GPU-hour each."""
+    checkpoint = hashlib.sha256(b"data/checkpoints/transformer.pth").hexdigest()[:8]
+    row = f"rCM, 4 {checkpoint} {sha256_json({})[:8]} 0 c0dec0de "
+    assert row + "c0ffeec0, c0ffeec0 + changes 5.1 min 812 1.5" in read.text
+    assert "All ran on a processor with python 3.11.7, torch 2.13.0." in read.text
+    assert re.search(r"rcm why results/(images|clips)/scores/rcm-0-4.json", read.text)
+    copy = tmp_path / "tree"
+    shutil.copytree(tree, copy)
+    (copy / "data/images/rcm-0/student.safetensors.run.json").write_text("{")  # nothing rests on it
+    text = Reader(page_of(copy)).text
+    assert row + "c0ffeec0, c0ffeec0 + changes ≥ 6.0 s ≥ 812 ≥ 1" in text and "of some of them no .run.json" in text
+    for path in copy.rglob("*.run.json"):  # as after `dvc pull`
+        path.unlink()
+    assert row + "not known here: no .run.json" in Reader(page_of(copy)).text
+    (copy / "data/images/rcm-0/student.safetensors.prov.json").write_text("{}")
+    with pytest.raises(UserError, match=r"student\.safetensors\.prov\.json is damaged"):
+        page_of(copy)
 
 
 def test_same_files_same_page(tree: Path, page: str) -> None:

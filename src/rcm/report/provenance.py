@@ -72,7 +72,7 @@ def origins(
                 **_took(ran, len(made)),
             }
         )
-    return rows
+    return sorted(rows, key=lambda row: str(row["medium"]), reverse=True)  # as the page has them: images first
 
 
 def _first(line: Sequence[Record], *stages: str) -> Record:
@@ -91,7 +91,7 @@ def _checkpoint(line: Sequence[Record]) -> str:
 
 
 def _took(ran: Sequence[Record], jobs: int) -> dict[str, Any]:
-    """Commits, devices, versions and costs, as text; of no job where no `.run.json` is there."""
+    """Commits, machines and costs, as text; of no job where no `.run.json` is there."""
     cost = total(ran)
     least = "≥ " if len(ran) < jobs else ""  # of some the record is not here
     commits = {
@@ -102,9 +102,9 @@ def _took(ran: Sequence[Record], jobs: int) -> dict[str, Any]:
     versions = {f"{name} {run['versions'][name]}" for run in ran for name in _VERSIONS if name in run["versions"]}
     return {
         "known": bool(ran),
-        "commits": sorted(commits),
-        "devices": sorted(devices),
-        "versions": sorted(versions),
+        "part": 0 < len(ran) < jobs,
+        "commits": ", ".join(sorted(commits)),
+        "machine": f"{', '.join(sorted(devices))} with {', '.join(sorted(versions)) or 'unknown versions'}",
         "wall": f"{least}{duration(cost['wall_seconds'])}",
         "peak": f"{least}{cost['peak_mib']:,.0f}",
         "gpu_hours": f"{least}{cost['gpu_hours']:.3g}",
