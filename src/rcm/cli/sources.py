@@ -178,9 +178,10 @@ def _path(module: str) -> Path | None:
 
 
 def _data(module: str) -> set[Path]:
-    """Files beside a module that are no code, such as templates."""
-    path = _path(module)
-    return {file for file in path.parent.iterdir() if file.is_file() and file.suffix != ".py"} if path else set()
+    """Files beside a module that it names and that are no code, such as templates."""
+    path, text = _path(module), _text(_tree(module))
+    beside = path.parent.iterdir() if path else ()
+    return {file for file in beside if file.suffix != ".py" and file.is_file() and repr(file.name) in text}
 
 
 _Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
