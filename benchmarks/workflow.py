@@ -1,4 +1,4 @@
-"""Times of the workflow itself, beside their goals: on a finished tree of the scale tiny that `rcm record` has recorded.
+"""Times of the workflow itself, beside their goals: in a finished tree of the scale tiny that `rcm record` recorded.
 
     python benchmarks/workflow.py          # with nothing beside it; what is recorded should be committed
 
