@@ -70,7 +70,8 @@ def _disk_fault(error: BaseException | None, path: Path) -> int | None:
     """The number of a fault of the disk, also where a library tells of it in words, or it was the cause; else None."""
     while error is not None:
         if isinstance(error, OSError) and error.errno is not None:
-            staged = error.filename is not None and f".{path.name}." in os.fsdecode(error.filename)
+            named = (name for name in (error.filename, error.filename2) if name is not None)
+            staged = any(f".{path.name}." in os.fsdecode(name) for name in named)
             if staged or (error.filename is None and error.errno in _DISK):
                 return error.errno
         elif numbers := [number for number in _DISK if os.strerror(number) in str(error)]:

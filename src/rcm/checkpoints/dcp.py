@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from rcm.artefact import MANIFEST, UserError, atomic_folder, read_json, reason, sha256_file, write_json
+from rcm.artefact import MANIFEST, UserError, atomic_folder, read_json, reason, sha256_file, write_json, writing
 from rcm.checkpoints.flat import State, add_to_digest, check_fit, checked, some, state_sha256
 from rcm.checkpoints.lazy import LazyState, lazy
 from rcm.collective import everywhere
@@ -117,7 +117,7 @@ class _Writer(FileSystemWriter):
             return written
         name = f"{plan.storage_data.prefix}0{DEFAULT_SUFFIX}"
         places: list[_StorageInfo] = []
-        with Path(self.path, name).open("wb") as file:
+        with writing(Path(self.path)), Path(self.path, name).open("wb") as file:
             for item in plan.items:
                 start = file.tell()
                 torch.save(_alone(planner.resolve_data(item)), file)

@@ -31,11 +31,10 @@ class Unfinished:
 
     def append(self, samples: Iterable[Sample]) -> None:
         """Write samples, which a later run will find all together or not at all."""
-        with writing(self._path):
-            self._journal["samples"] += [write_sample(self._tar, sample) for sample in samples]
-            self._sync()
-            self._journal["bytes"] = self._file.tell()
-            write_json(_journal_path(self._path), self._journal)
+        self._journal["samples"] += [write_sample(self._tar, sample) for sample in samples]
+        self._sync()
+        self._journal["bytes"] = self._file.tell()
+        write_json(_journal_path(self._path), self._journal)
 
     def _sync(self) -> None:
         self._file.flush()
@@ -43,9 +42,8 @@ class Unfinished:
 
     def finish(self, manifest: Mapping[str, Any]) -> None:
         """Make it what `rcm.data.shards.write_shard` would have written at once."""
-        with writing(self._path):
-            self._tar.close()
-            self._sync()
+        self._tar.close()
+        self._sync()
         partial = _partial_path(self._path)
         write_manifest(self._path, manifest, self._journal["samples"], sha256_file(partial))
         replace(partial, self._path)
@@ -67,7 +65,7 @@ def unfinished(
     if path.is_dir():
         raise UserError(f"{path} is a folder, but a shard is to be written there; remove it or choose another name")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _partial_path(path).open("a+b") as file:
+    with writing(path), _partial_path(path).open("a+b") as file:
         _lock(file, path)
         remove_leftovers(_journal_path(path))
         journal = _resumed(path, file, identity, say)

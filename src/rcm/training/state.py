@@ -152,7 +152,11 @@ class States:
 
     def _write(self, body: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
         hidden = self.folder / f".{body['step']:09d}{_PARTIAL}"
-        write_parts(hidden, tensors, self.group, lambda files: self._complete(hidden, body | {"files": files}))
+        try:
+            write_parts(hidden, tensors, self.group, lambda files: self._complete(hidden, body | {"files": files}))
+        except BaseException:
+            shutil.rmtree(hidden, ignore_errors=True)
+            raise
 
     def _complete(self, hidden: Path, body: dict[str, Any]) -> None:
         """On rank 0: a state appears under its name, whole; those that it makes superfluous go."""
