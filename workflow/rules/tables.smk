@@ -327,7 +327,9 @@ rule report:
     params:
         cfg=lambda wildcards: [numbers("report", media=media)(wildcards) for media in MEDIA],
         code=code("report"),
-        shown=[yaml.safe_load(path.read_text()) for path in (config_dir() / "pipeline.yaml", OF_SCALE) if path.is_file()],
+        shown=[
+            yaml.safe_load(path.read_text()) for path in (config_dir() / "pipeline.yaml", OF_SCALE) if path.is_file()
+        ],
         overrides=overrides("report"),
         scores=lambda _, input: f"--scores {input.scores}" if input.scores else "",
         folders=[f"results/{SCALE}", f"data/{SCALE}", f"logs/{SCALE}"],
