@@ -21,4 +21,4 @@ for target in "${@:3}"; do
   fi
 done
 exec snakemake --profile "${SNAKEMAKE_PROFILE:-workflow/profiles/local}" --config "scale=$scale" --notemp \
-  --quiet progress --allowed-rules "$rule" -- "${targets[@]}"
+  --quiet progress host --allowed-rules "$rule" -- "${targets[@]}"
