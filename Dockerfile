@@ -4,8 +4,8 @@
 # For NVIDIA GPUs, PyPI's torch has CUDA with it: --build-arg INDEX=https://pypi.org/simple, then docker run --gpus all.
 # flash-attn and transformer-engine are compiled: --build-arg EXTRAS=cluster,gpu --build-arg BASE=IMAGE as well, with an
 # image that has nvcc and Python 3.11 or newer.
-# No container engine was at hand: the packages' line was run in a fresh environment (--dry-run), apt's on Debian 12 (as
-# well), the rest was read by a parser and a linter. tests/test_environment.py compares it with the other files.
+# No container engine was at hand: apt's line and the first of pip's were tried on Debian 12 (--dry-run, the latter in a
+# fresh environment), the rest was read by a parser and hadolint. tests/test_environment.py compares it with other files.
 ARG BASE=python:3.11-slim
 FROM ${BASE}
 ARG EXTRAS=cluster
