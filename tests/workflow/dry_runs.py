@@ -51,6 +51,7 @@ def call(words: list[str], path: list[str], changed: bool) -> dict[str, Any]:
             "rule": job.rule.name,
             "wildcards": dict(job.wildcards_dict),
             "outputs": {str(output): output.is_directory for output in job.output},
+            "notes": [*map(str, job.log), *([str(job.benchmark)] if job.benchmark else []), job.params.get("resume")],
         }
         for job in (built[-1]._needrun if built else [])  # also those that a dry run has finished
     ]
