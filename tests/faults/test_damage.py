@@ -3,7 +3,6 @@
 Every kind of artefact, damaged or replaced in every way, before each stage that reads it.
 """
 
-import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
@@ -117,20 +116,28 @@ def call(stage: list[str], out: Path | str) -> int:
 # --- What they make of one another ----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def tree(mini: Mini, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:  # noqa: F811
-    """The artefacts of a small project, and beside each, under `other`, another one of its kind."""
-    before, folder = Path.cwd(), tmp_path_factory.mktemp("project")
-    os.chdir(folder)
-    try:
-        for other in (True, False):  # other ones first; then the ones that stay
-            _make(mini, int(other))
-            if other:
-                for top in ("data", "results"):
-                    Path(top).rename(f"other-{top}")
-        yield folder
-    finally:
-        os.chdir(before)
+_BUILT: list[Path] = []
+
+
+@pytest.fixture
+def tree(
+    mini: Mini,  # noqa: F811
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Path:
+    """The artefacts of a small project, made once, and beside each, under `other-`, another one of its kind."""
+    if not _BUILT:
+        folder = tmp_path_factory.mktemp("project")
+        with monkeypatch.context() as patch:
+            patch.chdir(folder)
+            for seed in (1, 0):  # the other ones first, which then go aside
+                _make(mini, seed)
+                if seed:
+                    for top in ("data", "results"):
+                        Path(top).rename(f"other-{top}")
+        _BUILT.append(folder)
+    monkeypatch.chdir(_BUILT[0])
+    return _BUILT[0]
 
 
 def _make(mini: Mini, seed: int) -> None:  # noqa: F811

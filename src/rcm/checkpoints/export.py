@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rcm.artefact import UserError, atomic_file, atomic_folder, sha256_json, write_json
+from rcm.artefact import UserError, atomic_file, atomic_folder, json_value, sha256_json, write_json
 from rcm.checkpoints import diffusers
 from rcm.checkpoints.flat import State, state_sha256
 from rcm.checkpoints.lazy import LazyState, lazy
@@ -60,7 +60,7 @@ def _opened(path: Path) -> tuple[LazyState, dict[str, str]]:
 
 def _entry(path: Path, header: Mapping[str, str]) -> tuple[dict[str, Any], str]:
     try:
-        entry = json.loads(header[_ENTRY])
+        entry = json_value(header[_ENTRY])
         return dict(entry["metadata"]), entry["sha256"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged: its metadata cannot be read; make it again") from error

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from rcm.artefact import UserError
+from rcm.artefact import UserError, json_value
 from rcm.checkpoints.flat import raw, some
 from rcm.checkpoints.lazy import LazyState
 
@@ -47,13 +47,13 @@ def open_safetensors(path: Path) -> tuple[LazyState, dict[str, str]]:
             pass
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
+            header = json_value(file.read(length).decode())
         metadata = header.pop("__metadata__", None) or {}
         described = {
             name: torch.empty(entry["shape"], dtype=_DTYPES[entry["dtype"]], device="meta")
             for name, entry in header.items()
         }
-    except (SafetensorError, OSError, ValueError, KeyError, struct.error) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, struct.error) as error:
         raise UserError(f"{path} is damaged or not a safetensors file ({error}); download or make it again") from error
     places = {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items()}
     return LazyState(described, _Tensors(path, places).fill), metadata
@@ -118,7 +118,7 @@ def open_folder(folder: Path) -> LazyState:
 def read_index(path: Path) -> dict[str, str]:
     """The file of each tensor, by an index; a UserError where it is damaged or not all files are beside it."""
     try:
-        index = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
+        index = dict(json_value(path.read_text(encoding="utf-8"))["weight_map"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}); download it again") from error
     parts = sorted({str(file) for file in index.values()})

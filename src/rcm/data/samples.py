@@ -149,7 +149,7 @@ def _next_members(tar: tarfile.TarFile) -> list[tarfile.TarInfo] | None:
     if not members:
         return None
     names = [member.name for member in members]
-    key = names[0].partition(".")[0]
+    key = names[0].partition(".")[0] if names[0][:1].isdigit() else ""  # no path
     stems = [name.removesuffix(".npy").removesuffix(".safetensors") for name in names]
     if stems != [f"{key}.json", f"{key}.latents", f"{key}.text"]:
         raise ValueError(f"{', '.join(names)} are not the members of a sample")

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from rcm.artefact import UserError, atomic_file, reason, sha256_json
+from rcm.artefact import UserError, atomic_file, json_value, reason, sha256_json
 
 _ENTRY = "rcm"
 
@@ -35,7 +35,7 @@ class Embeddings:
             raise UserError(f"embeddings {path} do not exist; make them with `rcm embed`")
         try:
             self._file = safe_open(path, framework="pt")
-            entry = json.loads((self._file.metadata() or {})[_ENTRY])
+            entry = json_value((self._file.metadata() or {})[_ENTRY])
             self._facts = facts = entry["facts"]
             if entry["sha256"] != sha256_json(facts):
                 raise ValueError("its header does not match the checksum inside")

@@ -10,8 +10,9 @@ import fcntl
 import json
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -126,7 +127,7 @@ class States:
         if not self.mesh.is_main:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.folder / _LOCK).open("w")  # for writing, which NFS asks for
+        self._lock = (self.folder / _LOCK).open("a")  # for writing, which NFS asks for
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -240,7 +241,8 @@ def _read(path: Path, manifest: Mapping[str, Any], tree: Mapping[str, Any]) -> N
     """Fill the tree with a verified state; a UserError where it does not fit, before anything is changed."""
     places = _leaves(tree)
     own = {name: holder[key].detach() for name, (holder, key) in places.items() if isinstance(holder[key], Tensor)}
-    saved, values = described(path, manifest["files"]), manifest["values"]
+    with _readable(path):
+        saved, values = described(path, manifest["files"]), manifest["values"]
     faults = misfits(own, saved)
     if types := [
         f"{name} is {saved[name].dtype}, needs {own[name].dtype}"
@@ -255,10 +257,24 @@ def _read(path: Path, manifest: Mapping[str, Any], tree: Mapping[str, Any]) -> N
             f"{path} is the state of other networks ({'; '.join(faults)}): "
             "go back to those to continue it, or delete the folder to start anew"
         )
-    read_parts(path, own)
+    with _readable(path):
+        read_parts(path, own)
     for name, value in values.items():
         holder, key = places[name]
         holder[key] = value
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turn what a state raises whose files are as its manifest says, and yet no state, into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # odd bytes fail in many ways
+        raise UserError(
+            f"{path} cannot be read ({reason(error)}): restore it, or delete the folder to start anew"
+        ) from error
 
 
 def _leaves(tree: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
