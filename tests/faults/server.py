@@ -44,7 +44,7 @@ def answer(client: Connection):
 
 
 def ordered(words, folder, after=None, before=None, number=signal.SIGKILL, environment=(), patience=120.0):
-    """Run a stage in `folder`, to be sent a signal `after` seconds or `before` its n-th change of a name there.
+    """Run a stage in `folder`, to be sent a signal `after` seconds or at (`before`) its n-th change of a name there.
 
     Returns its exit status (negative: the signal), its seconds, those from the signal on, and the number of changes.
     """
@@ -96,6 +96,8 @@ def stage(words, folder, before, number, told):
                 count += 1
                 os.write(told, b".")
                 if count == before:
+                    if event == "open" and number == signal.SIGKILL:  # die behind it, with the file empty
+                        os.open(arguments[0], arguments[2], 0o644)
                     os.kill(os.getpid(), number)
 
         sys.addaudithook(look)

@@ -274,6 +274,26 @@ def test_a_death_at_any_moment_leaves_whole_states(tmp_path, monkeypatch, call):
     assert len(names(folder)) == KEPT
 
 
+def test_a_death_while_states_are_removed_leaves_none_that_looks_damaged(tmp_path, monkeypatch):
+    def dying(action, left):
+        def act(*arguments, **options):
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            return action(*arguments, **options)
+
+        return act
+
+    for call in range(9):
+        save(tmp_path / "run", 1, 2)
+        left = iter(range(call))
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            for name in ("rename", "unlink", "rmdir"):
+                patch.setattr(os, name, dying(getattr(os, name), left))
+            remove_states(tmp_path / "run")
+        assert load(tmp_path / "run") in ((2, 2), None)
+    remove_states(tmp_path / "run")
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path
