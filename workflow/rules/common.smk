@@ -309,8 +309,11 @@ def told(path, category):
     return report(path, caption="../report/caption.rst", category=category)
 
 
-def caption(wildcards, output, threads):
-    """For params: what stands below a figure, or a whole table in words once there is one. Free as `overrides`."""
+def caption(wildcards, output):
+    """For params: what stands below a figure, or a whole table in words once there is one.
+
+    Free: Snakemake leaves params that ask for `output` out of its comparison too.
+    """
     made = Path(output[0])
     words = made.with_suffix(".md")
     return LEGENDS.get(made.stem) or (words.read_text(encoding="utf-8") if words.is_file() else "")
