@@ -208,7 +208,9 @@ def test_distill_on_two_processes(project, tmp_path):
         assert not (tmp_path / name / "resume").exists()
         trace = json.loads((tmp_path / name / "resume.trace.json").read_text())
         assert any(event.get("name") == "aten::mm" for event in trace["traceEvents"])
-    facts = json.loads((tmp_path / "two" / "dcp.run.json").read_text())["facts"]
+    alone, run = (json.loads((tmp_path / name / "dcp.run.json").read_text()) for name in ("one", "two"))
+    assert (alone["ranks"], run["ranks"]) == (1, 2) and run["core_hours"] > 0
+    facts = run["facts"]
     assert facts["optimizer"] == "torch" and facts["parallel"]["shard"] == 2
 
 
