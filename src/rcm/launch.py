@@ -126,7 +126,9 @@ class Place(NamedTuple):
         fields = dict(word.split("=", 1) for word in _scontrol("show", "node", head).split() if "=" in word)
         # steps of a job, and jobs that share a machine, must not meet each other
         number = int(environment["SLURM_JOB_ID"]) * 7 + int(environment["SLURM_STEP_ID"])
-        return cls(int(environment["SLURM_NODEID"]), machines, fields.get("NodeAddr", head), 20000 + 2 * (number % 5000))
+        return cls(
+            int(environment["SLURM_NODEID"]), machines, fields.get("NodeAddr", head), 20000 + 2 * (number % 5000)
+        )
 
 
 def _scontrol(*words: str) -> str:
@@ -209,7 +211,10 @@ def _children() -> list[int]:
 
 
 _CONSEQUENCES = signal.SIGTERM, signal.SIGABRT
-_HINTS: dict[int, str] = {signal.SIGKILL: " (by hand, or for want of memory)", signal.SIGBUS: " (for want of shared memory?)"}
+_HINTS: dict[int, str] = {
+    signal.SIGKILL: " (by hand, or for want of memory)",
+    signal.SIGBUS: " (for want of shared memory?)",
+}
 
 
 if __name__ == "__main__":
