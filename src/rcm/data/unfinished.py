@@ -65,6 +65,8 @@ def unfinished(
     if path.is_dir():
         raise UserError(f"{path} is a folder, but a shard is to be written there; remove it or choose another name")
     path.parent.mkdir(parents=True, exist_ok=True)
+    if _partial_path(path).is_symlink():  # no run makes one; what it points to is not ours to write
+        _partial_path(path).unlink()
     with writing(path), _partial_path(path).open("a+b") as file:
         _lock(file, path)
         remove_leftovers(_journal_path(path))
