@@ -1,7 +1,7 @@
 """From Snakemake to DVC and back: `record` what a run made, `sync` what was recorded elsewhere; neither runs a stage.
 
-Both go by dvc.yaml, whose stages are Snakemake's jobs, and both refuse where they would lie: Snakemake and DVC then hold
-for made what other code, numbers or inputs have made, or what is damaged.
+Both go by dvc.yaml, whose stages are Snakemake's jobs, and both refuse where Snakemake and DVC would then hold for made
+what is damaged, or what other code, numbers or inputs have made.
 """
 
 import argparse
@@ -63,8 +63,8 @@ def sync(arguments: argparse.Namespace) -> None:
     _pull(arguments.targets)
     if changed := _status(arguments.targets):
         raise UserError(
-            f"{LOCK} does not fit this clone: {_some(changed, '; ')}. Check out the commit that recorded it, or make it "
-            "again with `dvc repro`"
+            f"{LOCK} does not fit this clone: {_some(changed, '; ')}. Check out the commit that recorded it, or "
+            "make it again with `dvc repro`"
         )
     verify(_outputs(known, wanted))
     for scale, targets in _asked(known, arguments.targets):
@@ -216,8 +216,8 @@ def _pull(targets: list[str], *words: str) -> None:
         return
     lacking = [line for line in _status(targets) if "deleted" in line or "not in cache" in line]
     raise UserError(
-        f"dvc pull did not bring everything, see above{': ' if lacking else ''}{_some(lacking, '; ')}. `dvc push` it from "
-        "where it was recorded, then sync again; what is here and not recorded, record or move away"
+        f"dvc pull did not bring everything, see above{': ' if lacking else ''}{_some(lacking, '; ')}. `dvc push` it "
+        "from where it was recorded, then sync again; what is here and not recorded, record or move away"
     )
 
 

@@ -1,0 +1,305 @@
+"""`rcm record`, `rcm sync` and what a remote can do to them: real processes, and an S3 server on this machine."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import boto3
+import pytest
+from moto.server import ThreadedMotoServer
+
+from rcm.artefact import UserError, recording
+from rcm.cli.record import verify
+
+ROOT = Path(__file__).parents[2]
+KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+NEEDED = ("Snakefile", "workflow", "config", "src", "kernels", "assets", "constraints.txt", ".dvcignore", ".gitignore")
+TARGETS = ("table3", "convert-images")  # light, and one with an input that is made
+FILES = ("results/tiny/tables/table3.csv", "data/tiny/images/teacher")
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """A file, a folder of parts made of it, and their records: what a stage of dvc.yaml keeps."""
+    monkeypatch.chdir(tmp_path)
+    source, parts = Path("data/source.txt"), Path("data/parts")
+    parts.mkdir(parents=True)
+    with recording(source, stage="prompts"):
+        source.write_text("a")
+    for name in ("1-of-2.txt", "2-of-2.txt"):
+        with recording(parts / name, stage="sample", inputs=[source]):
+            (parts / name).write_text(name)
+    return [source, Path("data/source.txt.prov.json"), parts]
+
+
+def test_what_is_verified(made: list[Path]) -> None:
+    verify(made)
+    source, _, parts = made
+    (parts / "1-of-2.txt").write_text("1-of-2.tx_")
+    with pytest.raises(UserError, match=r"data/parts/1-of-2.txt is damaged or was replaced"):
+        verify(made)
+    (parts / "1-of-2.txt").unlink()
+    with pytest.raises(UserError, match=r"data/parts/1-of-2.txt does not exist"):
+        verify(made)
+    (parts / "1-of-2.txt").write_text("1-of-2.txt")
+    with recording(source, stage="prompts"):
+        source.write_text("b")
+    with pytest.raises(UserError, match=r"data/parts/1-of-2.txt was made of another data/source.txt than the one here"):
+        verify(made)
+    source.unlink()
+    with pytest.raises(UserError, match=r"data/source.txt is missing"):
+        verify(made)
+
+
+def test_the_files_of_a_dcp_are_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its identity is that of its tensors, which the manifest names; the bytes are compared too."""
+    monkeypatch.chdir(tmp_path)
+    with recording("dcp", stage="convert"):
+        Path("dcp").mkdir()
+        Path("dcp/0.distcp").write_bytes(b"abc")
+        files = {"0.distcp": hashlib.sha256(b"abc").hexdigest()}
+        Path("dcp/manifest.json").write_text(json.dumps({"content_sha256": "0" * 64, "files": files}))
+    outputs = [Path("dcp"), Path("dcp.prov.json")]
+    verify(outputs)
+    Path("dcp/0.distcp").write_bytes(b"abd")
+    with pytest.raises(UserError, match=r"dcp/0.distcp is missing or damaged"):
+        verify(outputs)
+
+
+# --- A small pipeline, and an S3 server ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+def call(folder: Path) -> Run:
+    """Call a module of Python in a folder, with the library of that folder where it has one."""
+    path = os.pathsep.join(str(folder / name) for name in ("src", "kernels"))
+    environment = {name: value for name, value in os.environ.items() if name.lower() != "http_proxy"}
+    environment |= {**KEYS, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
+
+    def run(module: str, *words: str, code: int | None = 0) -> subprocess.CompletedProcess[str]:
+        command = ["git", *words] if module == "git" else [sys.executable, "-m", module, *words]
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+        if code is not None:
+            assert done.returncode == code, done.stdout + done.stderr
+        return done
+
+    return run
+
+
+def begin(folder: Path, endpoint: str | None, bucket: str) -> Run:
+    """A git repository with DVC as this project configures it; the remote is S3, or that of the project."""
+    (folder / ".dvc").mkdir(parents=True, exist_ok=True)
+    for name in ("config", ".gitignore"):
+        shutil.copy(ROOT / ".dvc" / name, folder / ".dvc" / name)
+    run = call(folder)
+    run("git", "init", "-q")
+    if endpoint is not None:
+        client = boto3.client("s3", endpoint_url=endpoint, **{k.lower(): v for k, v in list(KEYS.items())[:2]},
+                              region_name="us-east-1")  # fmt: skip
+        client.create_bucket(Bucket=bucket)
+        run("dvc", "remote", "add", "-d", "s3", f"s3://{bucket}/store")
+        run("dvc", "remote", "modify", "s3", "endpointurl", endpoint)
+        run("dvc", "remote", "modify", "s3", "verify", "true")
+    return run
+
+
+def commit(run: Run) -> None:
+    run("git", "add", "-A")
+    run("git", "-c", "user.name=x", "-c", "user.email=x@example.org", "commit", "-q", "-m", "x")
+
+
+@pytest.fixture
+def small(tmp_path: Path, endpoint: str) -> tuple[Path, Run, str]:
+    """A recorded pipeline of one stage: 40 files of 200 kB in a folder."""
+    folder, bucket = tmp_path / "here", f"b{time.time_ns()}"
+    (folder / "data").mkdir(parents=True)
+    (folder / "data" / "parts").mkdir()
+    for k in range(40):
+        (folder / "data" / "parts" / str(k)).write_bytes(hashlib.sha256(bytes([k])).digest() * 6250)
+    stage = {"cmd": "true", "outs": ["data/parts"]}
+    (folder / "dvc.yaml").write_text(json.dumps({"stages": {"parts": stage}}))
+    run = begin(folder, endpoint, bucket)
+    run("dvc", "commit", "--force", "--quiet")
+    commit(run)
+    return folder, run, bucket
+
+
+def objects(endpoint: str, bucket: str) -> dict[str, int]:
+    client = boto3.client("s3", endpoint_url=endpoint, aws_access_key_id="test", aws_secret_access_key="test",
+                          region_name="us-east-1")  # fmt: skip
+    return {each["Key"]: each["Size"] for each in client.list_objects_v2(Bucket=bucket).get("Contents", [])}
+
+
+def clone(folder: Path, to: Path) -> Run:
+    subprocess.run(["git", "clone", "-q", folder, to], check=True)
+    return call(to)
+
+
+@pytest.mark.slow
+def test_a_push_that_breaks_off(small: tuple[Path, Run, str], endpoint: str, tmp_path: Path) -> None:
+    """Killed in the middle, then without a server: what was recorded is whole, and the next push completes."""
+    folder, run, bucket = small
+    cache = {path: path.read_bytes() for path in (folder / ".dvc/cache").rglob("*") if path.is_file()}
+    environment = {**os.environ, **KEYS}
+    command = [sys.executable, "-m", "dvc", "push", "--jobs", "1"]
+    killed = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    while killed.poll() is None and not objects(endpoint, bucket):
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    there = objects(endpoint, bucket)
+    assert 0 < len(there) < 41
+    assert {*there.values()} == {200_000}  # no half object, and no list of a folder whose files are not all there
+    run("dvc", "remote", "modify", "--local", "s3", "endpointurl", "http://127.0.0.1:9")
+    run("dvc", "remote", "modify", "--local", "s3", "connect_timeout", "1")
+    refused = run("dvc", "push", code=None)
+    assert refused.returncode and "127.0.0.1:9" in refused.stderr and "Traceback" not in refused.stderr
+    assert {path: path.read_bytes() for path in cache} == cache
+    (folder / ".dvc/config.local").unlink()
+    run("dvc", "push")
+    assert len(objects(endpoint, bucket)) == 41
+    other = clone(folder, tmp_path / "there")
+    other("dvc", "pull")
+    assert (tmp_path / "there/data/parts/7").read_bytes() == (folder / "data/parts/7").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["missing", "corrupted"])
+def test_a_pull_of_what_the_remote_has_lost(
+    small: tuple[Path, Run, str], endpoint: str, tmp_path: Path, fault: str
+) -> None:
+    """It fails, leaves nothing that looks whole, and succeeds when the object is there again."""
+    folder, run, bucket = small
+    run("dvc", "push")
+    content = (folder / "data/parts/7").read_bytes()
+    md5 = hashlib.md5(content).hexdigest()
+    key = next(key for key in objects(endpoint, bucket) if key.endswith(md5[2:]))
+    client = boto3.client("s3", endpoint_url=endpoint, aws_access_key_id="test", aws_secret_access_key="test",
+                          region_name="us-east-1")  # fmt: skip
+    if fault == "missing":
+        client.delete_object(Bucket=bucket, Key=key)
+    else:
+        client.put_object(Bucket=bucket, Key=key, Body=b"!" + content[1:])
+    there = tmp_path / "there"
+    other = clone(folder, there)
+    failed = other("dvc", "pull", code=None)
+    assert failed.returncode and "Traceback" not in failed.stderr
+    assert md5 in failed.stderr if fault == "missing" else "data/parts" in failed.stderr
+    assert not (there / "data/parts/7").exists()
+    assert not (there / ".dvc/cache/files/md5" / md5[:2] / md5[2:]).exists()
+    client.put_object(Bucket=bucket, Key=key, Body=content)
+    other("dvc", "pull")
+    assert (there / "data/parts/7").read_bytes() == content
+
+
+# --- The workflow itself -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Run]:
+    """A repository in which Snakemake has made a table and a teacher, both recorded and pushed."""
+    folder = tmp_path_factory.mktemp("remote") / "here"
+    for name in NEEDED:
+        if (ROOT / name).is_dir():
+            skipped = shutil.ignore_patterns("__pycache__", "*.egg-info")
+            shutil.copytree(ROOT / name, folder / name, ignore=skipped, symlinks=True)
+        else:
+            shutil.copy(ROOT / name, folder / name)
+    run = begin(folder, None, "")
+    run("rcm", "stages")
+    early = run("rcm", "record", *TARGETS, code=2)
+    assert re.search(r"has work to do at the scale tiny, .*convert.*: finish the run", early.stderr), early.stderr
+    run("snakemake", "-c2", *FILES)
+    unnamed = run("rcm", "record", "table_3", code=2)
+    assert "dvc.yaml has no stage 'table_3'; allowed: table3" in unnamed.stderr
+    file = folder / "results/tiny/tables/table3.csv"
+    times, content = file.stat(), file.read_bytes()
+    file.write_bytes(content.replace(b"1", b"2", 1))
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    damaged = run("rcm", "record", *TARGETS, code=2)
+    assert "table3.csv is damaged or was replaced" in damaged.stderr and not (folder / "dvc.lock").exists()
+    file.write_bytes(content)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    done = run("rcm", "record", *TARGETS)
+    assert re.search(r"recorded 4 stages in dvc.lock; next: git add dvc.lock", done.stdout)
+    commit(run)
+    run("dvc", "push", "--with-deps", *TARGETS)
+    return folder, run
+
+
+@pytest.mark.slow
+def test_the_round_trip(recorded: tuple[Path, Run], tmp_path: Path) -> None:
+    """A fresh clone takes what was recorded for made, in both tools, and makes one part of it again."""
+    here, _ = recorded
+    there = tmp_path / "there"
+    run = clone(here, there)
+    (tmp_path / "rcm-store").symlink_to(here.parent / "rcm-store")
+    done = run("rcm", "sync", *TARGETS)
+    assert "4 stages are here as recorded" in done.stdout
+    nothing = run("snakemake", "-n", *FILES)
+    assert "Nothing to be done" in nothing.stdout + nothing.stderr
+    assert "missing provenance" not in nothing.stdout + nothing.stderr  # so that later changes are seen
+    assert "up to date" in run("dvc", "repro", *TARGETS).stdout
+    before = {path: path.read_bytes() for path in (there / FILES[1]).rglob("*") if path.is_file()}
+    again = run("snakemake", "-c1", "table3", "-R", "table3")
+    assert "1 of 1 steps" in again.stdout + again.stderr
+    assert before == {path: path.read_bytes() for path in before}
+    run("rcm", "sync", *TARGETS)  # a second time: harmless
+
+
+@pytest.mark.slow
+def test_sync_refuses(recorded: tuple[Path, Run], tmp_path: Path) -> None:
+    """What other code, other numbers or nobody recorded, and what the remote has lost."""
+    here, _ = recorded
+    there, store = tmp_path / "there", tmp_path / "rcm-store"
+    run = clone(here, there)
+    shutil.copytree(here.parent / "rcm-store", store)
+    assert "dvc.lock does not hold" in run("rcm", "sync", "table1", code=2).stderr
+
+    code = there / "src/rcm/checkpoints/dcp.py"
+    text = code.read_text(encoding="utf-8")
+    code.write_text(text + "\nEXTRA = 1\n", encoding="utf-8")
+    refused = run("rcm", "sync", *TARGETS, code=2).stderr
+    assert re.search(r"the code or the packages here are not those of dvc.lock, for convert: ", refused), refused
+    assert not (there / FILES[1]).exists()
+    code.write_text(text, encoding="utf-8")
+
+    lost = next(path for path in (here / FILES[1]).iterdir() if path.name.endswith(".distcp"))
+    md5 = hashlib.md5(lost.read_bytes()).hexdigest()
+    (store / "files/md5" / md5[:2] / md5[2:]).rename(tmp_path / "kept")
+    refused = run("rcm", "sync", *TARGETS, code=2).stderr
+    assert re.search(r"dvc pull did not bring everything.*data/tiny/images/teacher", refused), refused
+    assert not (there / FILES[1]).exists()
+    (tmp_path / "kept").rename(store / "files/md5" / md5[:2] / md5[2:])
+    locks = there / ".snakemake/locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    (locks / "0.output.lock").touch()
+    assert "Snakemake is at work here" in run("rcm", "sync", "table3", code=2).stderr
+    (locks / "0.output.lock").unlink()
+    run("rcm", "sync", *TARGETS)
+
+    changed = there / "config/published/table3.csv"
+    changed.write_text(changed.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    refused = run("rcm", "sync", "table3", code=2).stderr
+    assert re.search(r"dvc.lock does not fit this clone: table3 \(changed deps: .*table3.csv modified", refused), (
+        refused
+    )
