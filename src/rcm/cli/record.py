@@ -111,7 +111,7 @@ def _alone() -> None:
 
 
 def _current() -> tuple[dict[str, Any], str]:
-    """The stages of dvc.yaml, and what data/code.json has to be; UserError where dvc.yaml or params.json are not current."""
+    """The stages of dvc.yaml, and what data/code.json has to be; UserError where a generated file is not current."""
     wanted, params, code = pipeline.texts(pipeline.known_scales())
     pipeline.require_current(pipeline.PIPELINE, wanted)
     pipeline.require_untouched()
