@@ -27,7 +27,7 @@ compose = rcm.cli.config.compose
 
 def forget() -> None:
     """Read the configuration and the sources again."""
-    rcm.cli.config.compose = cache(compose)
+    setattr(rcm.cli.config, "compose", cache(compose))  # noqa: B010
     for name in READ:
         getattr(sources, name).cache_clear()
 
@@ -39,7 +39,12 @@ def call(words: list[str], path: list[str], changed: bool) -> dict[str, Any]:
         forget()
     built: list[DAG] = []
     begin = DAG.__init__
-    DAG.__init__ = lambda self, *given, **named: (built.append(self), begin(self, *given, **named))[1]
+
+    def watched(dag: DAG, *given: Any, **named: Any) -> None:
+        built.append(dag)
+        begin(dag, *given, **named)
+
+    setattr(DAG, "__init__", watched)  # noqa: B010
     said = io.StringIO()
     with redirect_stdout(said), redirect_stderr(said):
         try:
