@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from rcm.training.signals import EXIT_INTERRUPTED
+from rcm.cli import main
+from rcm.training.signals import EXIT_INTERRUPTED, caught_signals
 
 from .miniature import LIGHT, ROOT, STAGES, Server, hidden, made
 
@@ -68,10 +69,32 @@ def test_one_stage_ends_at_once_in_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", NUMBERS)
 def test_a_distillation_saves_its_state(server: Server, number: signal.Signals, tmp_path: Path) -> None:
     """At a change of a name in the middle of its training, for a signal may come while a state is being written."""
-    change = server.undisturbed("distill")[1]["changes"] // 3
-    told = end(server, "distill", tmp_path / "ended", number, before=change)
-    assert told["status"] == EXIT_INTERRUPTED
-    assert "interrupted: the state after iteration" in told["said"]
+    changes = server.undisturbed("distill")[1]["changes"]
+    for share in range(12, 2, -1):  # what comes behind the last iteration is only noted
+        told = end(server, "distill", tmp_path / str(share), number, before=changes // share)
+        if "interrupted: the state after iteration" in told["said"]:
+            assert told["status"] == EXIT_INTERRUPTED
+            return
+    raise AssertionError(f"no signal came during the training: {told['said']}")
+
+
+@pytest.mark.parametrize("number", NUMBERS[:2])
+def test_a_signal_that_a_library_takes_for_a_fault(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def mistaken(*_: object) -> None:
+        try:
+            signal.raise_signal(number)
+        except BaseException:
+            raise AttributeError("'NoneType' object has no attribute 'x'") from None
+
+    monkeypatch.setattr("rcm.cli.data.compose", mistaken)
+    assert main(["prompts", "--out", str(tmp_path / "x.jsonl")]) == 128 + number
+    assert "interrupted" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as leaving, caught_signals(at_once=True):
+        mistaken()
+    assert leaving.value.code == EXIT_INTERRUPTED
+    assert signal.getsignal(number) is signal.SIG_DFL
 
 
 @pytest.mark.slow

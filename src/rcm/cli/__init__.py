@@ -75,13 +75,20 @@ def _ended_by_signals() -> Iterator[None]:
         yield
         return
 
+    came: list[int] = []
+
     def end(number: int, _frame: Any) -> None:
+        came.append(number)
         signal.signal(number, signal.SIG_IGN)  # it may come twice, from a scheduler and from a parent
         raise KeyboardInterrupt(number)
 
     before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
         yield
+    except Exception:
+        if came:  # a library has made a fault of its own of it
+            raise KeyboardInterrupt(came[0]) from None
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -40,7 +40,12 @@ def caught_signals(*, at_once: bool = False, speak: bool = True) -> Iterator[Cau
 
     before: dict[int, Any] = {number: signal.signal(number, catch) for number in SIGNALS}
     try:
-        yield caught
+        try:
+            yield caught
+        except Exception:
+            if caught.at_once and caught.numbers:  # a library has made a fault of its own of it
+                raise SystemExit(EXIT_INTERRUPTED) from None
+            raise
     except SystemExit:
         if caught.at_once and speak:  # not in the handler, which may have come in the middle of a line
             told = "interrupted before the first iteration: nothing is lost, run the same command again"
