@@ -80,13 +80,27 @@ def test_from_download_to_scores(mini: Mini, prompts: Path, run: Run, tmp_path: 
     common = ("--codec", mini.codec, "--prompts", prompts, "--part", "1-of-1")
     run("sample", *SUITE, "--checkpoint", export, *common, "--steps", 4, "--out", samples)
     scores, results = tmp_path / "rcm-0-4.json", tmp_path / "results.jsonl"
-    run("evaluate", "--samples", samples, "--diversity", samples, "--out", scores, "--results", results)
+    written = ("--out", scores, "--results", results, "--metrics", tmp_path / "metrics.json")
+    run("evaluate", "--samples", samples, "--diversity", samples, *written)
     score = json.loads(scores.read_text())
+    first = json.loads((tmp_path / "metrics.json").read_text())
+    assert first["shapeeval.overall"] == score["metrics"]["shapeeval.overall"]["value"] and len(first) < 8
     assert (score["model"], score["steps"], score["media"], score["n_samples"]) == ("rcm-0", 4, "images", 12)
     assert 0 <= score["metrics"]["shapeeval.overall"]["value"] <= 1
     assert len(results.read_text().splitlines()) == 12
 
-    for made in (checkpoint, teacher, train, *shards, student, previews, export, samples, scores):
+    for made in (
+        checkpoint,
+        teacher,
+        train,
+        *shards,
+        student,
+        previews,
+        export,
+        samples,
+        scores,
+        tmp_path / "metrics.json",
+    ):
         record = json.loads(Path(f"{made}.prov.json").read_text())
         assert record["stage"] in (
             "download",

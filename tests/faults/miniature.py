@@ -129,9 +129,9 @@ STAGES: dict[str, Stage] = {
         [
             *("evaluate", *REPORT, "evaluation.bootstrap=20", "--samples", "{sample_control}/samples"),
             *("--diversity", "{sample_control}/samples", "--prompts", "{prompts}/report.jsonl"),
-            *("--out", "codec-0.json", "--results", "codec-0.results.jsonl"),
+            *("--out", "codec-0.json", "--results", "codec-0.results.jsonl", "--metrics", "metrics.json"),
         ],
-        ["codec-0.json", "codec-0.results.jsonl"],
+        ["codec-0.json", "codec-0.results.jsonl", "metrics.json"],
         ["sample_control", "prompts"],
     ),
     "throughput": Stage(

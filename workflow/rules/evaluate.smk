@@ -133,6 +133,7 @@ rule evaluate:
     output:
         scores="<results>/{media}/scores/{model}.json",
         results="<results>/{media}/scores/{model}.results.jsonl",
+        metrics="<results>/{media}/metrics/{model}.json",
     log:
         "<logs>/{media}/evaluate/{model}.log",
     benchmark:
@@ -150,7 +151,7 @@ rule evaluate:
         "Score {wildcards.media} of {wildcards.model}"
     shell:
         "python -m rcm evaluate {params.overrides} {params.given} "
-        "--out {output.scores} --results {output.results} > {log} 2>&1"
+        "--out {output.scores} --results {output.results} --metrics {output.metrics} > {log} 2>&1"
 
 
 rule throughput:

@@ -420,6 +420,9 @@ STAGES: dict[str, Stage] = {
             EVALUATORS,
             Option("--out", "the scores, MODEL-STEPS.json such as rcm-0-4.json"),
             Option("--results", "one line a sample with the verdict and its reason, FILE.jsonl"),
+            Option(
+                "--metrics", "the few values that one would compare first, FILE.json, for dvc metrics", required=False
+            ),
         ),
         "rcm evaluate --samples samples/report/1-of-2 samples/report/2-of-2 --diversity samples/diversity/1-of-1 "
         "--out scores/rcm-0-4.json --results scores/rcm-0-4.results.jsonl",

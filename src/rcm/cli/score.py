@@ -26,6 +26,7 @@ TAKES: dict[str, _Options] = {
     "vbench-native": ((("measured",), ("samples", "weights")), ("diversity", "prompts")),
     "text": ((("measured",), ("samples",)), ("prompts",)),
 }
+_FIRST = (".overall", ".total", ".quality", ".semantic", ".vendi", ".dino_distance", ".psnr", ".sharpness", ".cer")
 _SAME = ("checkpoint_sha256", "sampler", "sigma_max", "times", "steps", "precision")  # of two suites of one model
 
 
@@ -49,7 +50,8 @@ def evaluate(arguments: Namespace) -> None:
         }
     files = [[value] if isinstance(value, Path) else value for name, value in read.items() if name != "weights"]
     inputs = [*chain.from_iterable(files), *given.get("weights", {}).values()]
-    with recording(arguments.out, arguments.results, stage="evaluate", inputs=inputs, config=numbers):
+    outputs = [path for path in (arguments.out, arguments.results, arguments.metrics) if path]
+    with recording(*outputs, stage="evaluate", inputs=inputs, config=numbers):
         made = _evaluated(kind, given, config, common)
         evaluator = made.scores["evaluator"]
         evaluator["prompts_file_sha256"] = _prompts_file(config)[1]
@@ -60,6 +62,9 @@ def evaluate(arguments: Namespace) -> None:
             known.trusted(evaluator["known"], config["evaluation"]["known_at_least"])
         write_json(arguments.out, made.scores)
         write_text(arguments.results, results_jsonl(made.results))
+        if arguments.metrics:
+            metrics = {name: entry["value"] for name, entry in made.scores["metrics"].items()}
+            write_json(arguments.metrics, {name: metrics[name] for name in metrics if name.endswith(_FIRST)})
 
 
 def _given(arguments: Namespace, kind: str) -> dict[str, Any]:

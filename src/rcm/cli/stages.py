@@ -144,7 +144,7 @@ def texts(scales: Sequence[str]) -> tuple[str, str, str]:
         for stage in found:
             name = "-".join([stage.rule, *stage.wildcards.values(), *([scale] if scale != PLAIN else [])])
             pipeline[re.sub(r"[^\w-]", "_", name)] = entry(stage, scale, kept, values)
-            metrics += [o for o in stage.outputs if "/scores/" in o and o.endswith(".json")]
+            metrics += [o for o in stage.outputs if "/metrics/" in o]
             plots += [o for o in stage.outputs if o.endswith(".png")]
         params[key(scale)], code[key(scale)] = values, digests
     whole = {"stages": pipeline, "metrics": metrics, "plots": plots}
