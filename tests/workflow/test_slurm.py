@@ -230,6 +230,8 @@ def test_a_warning_a_requeue_and_a_lost_node(cluster: Cluster, project: Path) ->
     cluster("scancel", "--signal=USR1", job)  # to whom Slurm sends its own warning
     until(lambda: job in cluster.jobs("FAILED"), "the job's own end")
     assert states(project)
+    (log,) = project.glob(f".snakemake/slurm_logs/rule_distill/*/{job}.log")
+    assert "User defined signal" not in log.read_text()  # the warning ends none of the processes around it
     until(lambda: {*cluster.jobs("RUNNING")} - {job}, "the next attempt")
     (job,) = cluster.jobs("RUNNING")
 
