@@ -22,8 +22,8 @@ from rcm.cli.record import verify
 ROOT = Path(__file__).parents[2]
 KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
 NEEDED = ("Snakefile", "workflow", "config", "src", "kernels", "assets", "constraints.txt", ".dvcignore", ".gitignore")
-TARGETS = ("table3", "convert-images")  # light, and one with an input that is made
-FILES = ("results/tiny/tables/table3.csv", "data/tiny/images/teacher")
+TARGETS = ("prompts-images-report", "convert-images")  # light, and one with an input that is made
+FILES = ("data/tiny/images/prompts/report.jsonl", "data/tiny/images/teacher")
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -218,6 +218,7 @@ def test_a_pull_of_what_the_remote_has_lost(
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Run]:
     """A repository in which Snakemake has made a table and a teacher, both recorded and pushed."""
     folder = tmp_path_factory.mktemp("remote") / "here"
+    folder.mkdir()
     for name in NEEDED:
         if (ROOT / name).is_dir():
             skipped = shutil.ignore_patterns("__pycache__", "*.egg-info")
@@ -229,14 +230,14 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Run]:
     early = run("rcm", "record", *TARGETS, code=2)
     assert re.search(r"has work to do at the scale tiny, .*convert.*: finish the run", early.stderr), early.stderr
     run("snakemake", "-c2", *FILES)
-    unnamed = run("rcm", "record", "table_3", code=2)
-    assert "dvc.yaml has no stage 'table_3'; allowed: table3" in unnamed.stderr
-    file = folder / "results/tiny/tables/table3.csv"
+    unnamed = run("rcm", "record", "prompts-images-repor", code=2)
+    assert "dvc.yaml has no stage 'prompts-images-repor'; allowed: prompts-images-report" in unnamed.stderr
+    file = folder / FILES[0]
     times, content = file.stat(), file.read_bytes()
-    file.write_bytes(content.replace(b"1", b"2", 1))
+    file.write_bytes(content.replace(b"a", b"e", 1))
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
     damaged = run("rcm", "record", *TARGETS, code=2)
-    assert "table3.csv is damaged or was replaced" in damaged.stderr and not (folder / "dvc.lock").exists()
+    assert "report.jsonl is damaged or was replaced" in damaged.stderr and not (folder / "dvc.lock").exists()
     file.write_bytes(content)
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
     done = run("rcm", "record", *TARGETS)
@@ -260,7 +261,7 @@ def test_the_round_trip(recorded: tuple[Path, Run], tmp_path: Path) -> None:
     assert "missing provenance" not in nothing.stdout + nothing.stderr  # so that later changes are seen
     assert "up to date" in run("dvc", "repro", *TARGETS).stdout
     before = {path: path.read_bytes() for path in (there / FILES[1]).rglob("*") if path.is_file()}
-    again = run("snakemake", "-c1", "table3", "-R", "table3")
+    again = run("snakemake", "-c1", FILES[0], "-R", "prompts")
     assert "1 of 1 steps" in again.stdout + again.stderr
     assert before == {path: path.read_bytes() for path in before}
     run("rcm", "sync", *TARGETS)  # a second time: harmless
@@ -293,13 +294,19 @@ def test_sync_refuses(recorded: tuple[Path, Run], tmp_path: Path) -> None:
     locks = there / ".snakemake/locks"
     locks.mkdir(parents=True, exist_ok=True)
     (locks / "0.output.lock").touch()
-    assert "Snakemake is at work here" in run("rcm", "sync", "table3", code=2).stderr
+    assert "Snakemake is at work here" in run("rcm", "sync", TARGETS[0], code=2).stderr
     (locks / "0.output.lock").unlink()
     run("rcm", "sync", *TARGETS)
 
-    changed = there / "config/published/table3.csv"
-    changed.write_text(changed.read_text(encoding="utf-8") + "\n", encoding="utf-8")
-    refused = run("rcm", "sync", "table3", code=2).stderr
-    assert re.search(r"dvc.lock does not fit this clone: table3 \(changed deps: .*table3.csv modified", refused), (
+    changed = there / "config/experiment/tiny-images.yaml"
+    text = changed.read_text(encoding="utf-8")
+    changed.write_text(
+        re.sub(r"(report: \{.*?seed: )\d+", r"\g<1>999", text, count=1, flags=re.DOTALL), encoding="utf-8"
+    )
+    assert changed.read_text(encoding="utf-8") != text
+    assert "run `rcm stages`" in run("rcm", "sync", *TARGETS, code=2).stderr
+    run("rcm", "stages")
+    refused = run("rcm", "sync", *TARGETS, code=2).stderr
+    assert re.search(r"dvc.lock does not fit this clone: prompts-images-report \(changed deps: params.json", refused), (
         refused
     )
