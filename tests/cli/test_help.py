@@ -11,7 +11,7 @@ from rcm.cli.parser import STAGES, build, overview, parse
 
 ASKED_FOR = (
     "prompts download pretrain convert embed synthesize adopt verify merge contact-sheet plan distill export sample "
-    "measure arrange evaluate throughput precision table figure report generate doctor"
+    "measure arrange evaluate throughput precision table figure report generate stages why record sync doctor"
 )
 
 
