@@ -264,7 +264,6 @@ def test_the_round_trip(recorded: tuple[Path, Run], tmp_path: Path) -> None:
     again = run("snakemake", "-c1", FILES[0], "-R", "prompts")
     assert "1 of 1 steps" in again.stdout + again.stderr
     assert before == {path: path.read_bytes() for path in before}
-    run("rcm", "sync", *TARGETS)  # a second time: harmless
 
 
 @pytest.mark.slow
@@ -300,10 +299,9 @@ def test_sync_refuses(recorded: tuple[Path, Run], tmp_path: Path) -> None:
 
     changed = there / "config/experiment/tiny-images.yaml"
     text = changed.read_text(encoding="utf-8")
-    changed.write_text(
-        re.sub(r"(report: \{.*?seed: )\d+", r"\g<1>999", text, count=1, flags=re.DOTALL), encoding="utf-8"
-    )
-    assert changed.read_text(encoding="utf-8") != text
+    other = re.sub(r"(\n  report:.*?\n    seed: +)\d+", r"\g<1>999", text, count=1, flags=re.DOTALL)
+    assert other != text
+    changed.write_text(other, encoding="utf-8")
     assert "run `rcm stages`" in run("rcm", "sync", *TARGETS, code=2).stderr
     run("rcm", "stages")
     refused = run("rcm", "sync", *TARGETS, code=2).stderr
