@@ -132,12 +132,12 @@ def test_two_runs_in_one_folder_and_one_that_was_killed(project: Path) -> None:
     said = second.communicate(timeout=120)[0]
     assert second.returncode == 1 and "LockException" in said and "--unlock" in said and "Traceback" not in said, said
     first.send_signal(signal.SIGKILL)
-    first.communicate()
-    (project / "go").touch()
+    first.wait()  # its job lives on, and holds the pipe
     third = snakemake(project, PROMPT_FILE)
     said = third.communicate(timeout=120)[0]
     assert third.returncode == 1 and "--unlock" in said
     assert snakemake(project, "--unlock").wait(timeout=120) == 0
+    (project / "go").touch()
     fourth = snakemake(project, "--rerun-incomplete", PROMPT_FILE)
     assert fourth.wait(timeout=120) == 0, fourth.communicate()[0]
     record = read_json(beside(project / PROMPT_FILE, ".prov.json"))
