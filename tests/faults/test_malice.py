@@ -40,6 +40,7 @@ from .test_damage import (
     tree,  # noqa: F401  a fixture
 )
 
+pytestmark = pytest.mark.slow
 SPRUNG = Path("sprung")  # made by what should never run
 
 
@@ -87,7 +88,6 @@ def test_the_traps_are_real(tree: Path) -> None:  # noqa: F811
         SPRUNG.unlink()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("trap", TRAPS)
 @pytest.mark.parametrize(("path", "stage"), [(path, stage) for path, stages in WEIGHTS.items() for stage in stages])
 def test_a_pickle_in_place_of_weights(
@@ -110,7 +110,6 @@ def vouched(folder: Path) -> None:
     write_json(folder / "manifest.json", manifest)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
 @pytest.mark.parametrize("stage", ["synthesize", "distill", "sample teacher", "precision", "export"])
 def test_a_pickle_in_a_dcp_folder_that_vouches_for_it(
@@ -131,7 +130,6 @@ def test_a_pickle_in_a_dcp_folder_that_vouches_for_it(
         refused(stage, folder, tmp_path / "out", capsys)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
 def test_a_pickle_in_the_state_of_a_run(
     name: str,
@@ -288,7 +286,6 @@ HEADERS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("header", HEADERS)
 @pytest.mark.parametrize("path", [STUDENT, TEXT / "report.safetensors"], ids=["student", "text"])
 def test_a_header_that_lies(
@@ -332,7 +329,6 @@ TEXTS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("file", JSONS, ids=str)
 def test_json_of_another_kind(
