@@ -111,7 +111,9 @@ def noted(path: Path) -> list[dict[str, Any]]:
     if not rows:
         raise UserError(f"the metrics {path} hold no updates; train again to write them anew")
     if strange := [number for number, row in enumerate(rows, 1) if not _is_update(row)]:
-        raise UserError(f"line {strange[0]} of the metrics {path} is no JSON object of an update; train again to write them anew")
+        raise UserError(
+            f"line {strange[0]} of the metrics {path} is no JSON object of an update; train again to write them anew"
+        )
     return rows
 
 
