@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ _HEAD = "Written by `rcm stages` from the rules under workflow/ and the numbers 
 class Stage:
     """The jobs of a stage; params of the first stand for those of all."""
 
+    scale: str
     rule: str
     wildcards: dict[str, str]
     inputs: dict[str, None]  # in order, each once
@@ -43,6 +45,12 @@ class Stage:
     folders: bool  # whether its outputs are folders
     params: Mapping[str, Any]
     command: str
+
+    @property
+    def name(self) -> str:
+        """Its name in dvc.yaml, with `_` for what DVC forbids there."""
+        words = [self.rule, *self.wildcards.values(), *([self.scale] if self.scale != PLAIN else [])]
+        return re.sub(r"[^\w-]", "_", "-".join(words))
 
     @property
     def kept(self) -> list[str]:
@@ -119,6 +127,11 @@ def require_untouched() -> None:
         raise UserError("params.json was edited by hand, but the stages read config/: edit there and run `rcm stages`")
 
 
+def stages_of(scales: Sequence[str]) -> dict[str, Stage]:
+    """The stages of dvc.yaml by name, in its order, less `configure`."""
+    return {stage.name: stage for scale in scales for stage in jobs(scale)}
+
+
 def texts(scales: Sequence[str]) -> tuple[str, str, str]:
     """The contents of dvc.yaml, params.json and data/code.json."""
     pipeline: dict[str, Any] = {
@@ -142,8 +155,7 @@ def texts(scales: Sequence[str]) -> tuple[str, str, str]:
         kept = {output: dep for stage in found for output, dep in stage.seen.items()}
         digests = {stage.rule: digest for stage in found if (digest := _digest(stage))}
         for stage in found:
-            name = "-".join([stage.rule, *stage.wildcards.values(), *([scale] if scale != PLAIN else [])])
-            pipeline[re.sub(r"[^\w-]", "_", name)] = entry(stage, scale, kept, values)
+            pipeline[stage.name] = entry(stage, kept, values)
             metrics += [o for o in stage.outputs if "/metrics/" in o]
             plots += [o for o in stage.outputs if o.endswith(".png")]
         params[key(scale)], code[key(scale)] = values, digests
@@ -156,8 +168,9 @@ def texts(scales: Sequence[str]) -> tuple[str, str, str]:
     )
 
 
-def entry(stage: Stage, scale: str, kept: Mapping[str, str], values: Mapping[str, Any]) -> dict[str, Any]:
+def entry(stage: Stage, kept: Mapping[str, str], values: Mapping[str, Any]) -> dict[str, Any]:
     """A stage of dvc.yaml; `kept` says what stands for an output, `values` is what params.json has of the scale."""
+    scale = stage.scale
     targets = " ".join(f"'{target}'" for target in stage.targets)
     named = [".".join([key(scale), *place]) for place in places(stage, values)]
     made: dict[str, Any] = {
@@ -220,6 +233,7 @@ def _json(value: Any) -> str:
     return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
 
 
+@cache
 def jobs(scale: str) -> list[Stage]:
     """The stages of a scale, ordered by rules and wildcards; UserError where the workflow refuses."""
     from snakemake.api import SnakemakeApi
@@ -240,13 +254,13 @@ def jobs(scale: str) -> list[Stage]:
             of_scale.dag(DAGSettings(targets={*TARGETS}, forceall=True)).printrulegraph()
             workflow = of_scale._workflow
             order = [rule.name for rule in workflow.rules]
-            found = _grouped(job for job in workflow.dag.jobs if job.output)
+            found = _grouped(scale, (job for job in workflow.dag.jobs if job.output))
     except SystemExit as refusal:
         raise UserError(str(refusal.code).removeprefix("snakemake: error: ")) from None
     return sorted(found, key=lambda stage: (order.index(stage.rule), [*stage.wildcards.values()]))
 
 
-def _grouped(found: Iterable[Any]) -> list[Stage]:
+def _grouped(scale: str, found: Iterable[Any]) -> list[Stage]:
     """Jobs of Snakemake as stages."""
     groups: dict[tuple[str, ...], Stage] = {}
     for job in sorted(found, key=lambda job: str(job.output[0])):
@@ -255,9 +269,8 @@ def _grouped(found: Iterable[Any]) -> list[Stage]:
         name = (job.rule.name, *wildcards.values())
         if name not in groups:
             params = {name: job.params.get(name) for name in ("cfg", "code", "overrides")}
-            groups[name] = Stage(
-                job.rule.name, wildcards, {}, [], [], job.output[0].is_directory, params, job.rule.shellcmd or ""
-            )
+            folders, command = job.output[0].is_directory, job.rule.shellcmd or ""
+            groups[name] = Stage(scale, job.rule.name, wildcards, {}, [], [], folders, params, command)
         groups[name].inputs |= dict.fromkeys(map(str, job.input))
         groups[name].outputs += map(str, job.output)
         groups[name].items += [item] if item else []
