@@ -1,12 +1,16 @@
 """Writes are whole or not at all; identity follows content; provenance is stable and tells no machine's secrets."""
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import re
 import signal
+import stat
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +27,12 @@ from rcm.artefact import (
     content_sha256,
     read_json,
     recording,
+    remove_leftovers,
     sha256_file,
     sha256_folder,
     sha256_json,
     stated_sha256,
+    verified_sha256,
     write_json,
     write_text,
 )
@@ -124,6 +130,89 @@ def test_killed_writer_leaves_nothing_final_and_is_cleaned_up_after(tmp_path: Pa
     assert names(tmp_path) == {"x[1]", "folder"}
 
 
+def killed_between_renames(final: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool, killed_before: int) -> bool:
+    """Replace a folder in a process that dies before a rename; whether there were so many."""
+    if (child := os.fork()) == 0:
+        plain, count = Path.replace, iter(range(1, 9))
+
+        def rename(self: Path, target: Path) -> Path:
+            if next(count) == killed_before:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return plain(self, target)
+
+        monkeypatch.setattr(Path, "replace", rename)
+        if not exchange:  # NFS, Lustre
+            monkeypatch.setattr("rcm.artefact._exchange", lambda one, other: False)
+        with atomic_folder(final) as temporary:
+            (temporary / "new").write_text("new")
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    ("exchange", "before", "left", "kept"),
+    [(False, 1, "old", "old"), (False, 2, None, "new"), (False, 3, "new", "new"), (True, 1, "new", "new")],
+)
+def test_a_folder_is_there_before_or_after(
+    exchange: bool, before: int, left: str | None, kept: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed before the first rename, between both, and not at all; the next writer puts back what was meant."""
+    final = tmp_path / "folder"
+    with atomic_folder(final) as temporary:
+        (temporary / "old").write_text("old")
+    killed = killed_between_renames(final, monkeypatch, exchange, before)
+    assert killed == (not exchange and before < 3)
+    assert (names(final) if final.exists() else None) == ({left} if left else None)
+    remove_leftovers(final)
+    assert names(final) == {kept} and names(tmp_path) == {"folder"}
+
+
+def test_the_lock_of_a_writer_is_on_a_file_open_for_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As NFS has it, where locks are of byte ranges."""
+    plain, locked = fcntl.flock, list[int]()
+
+    def flock(file: Any, operation: int) -> None:
+        descriptor = file if isinstance(file, int) else file.fileno()
+        assert stat.S_ISREG(os.fstat(descriptor).st_mode)
+        locked.append(fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE)
+        plain(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with atomic_file(tmp_path / "x") as slow:
+        slow.write_text("slow")
+        remove_leftovers(tmp_path / "x")
+    assert locked == [os.O_RDWR] * 2
+    assert names(tmp_path) == {"x"}
+
+
+def test_without_locks_nobody_s_staging_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with atomic_file(tmp_path / "x") as slow:
+        slow.write_text("slow")
+        remove_leftovers(tmp_path / "x")
+        assert slow.exists()
+    assert names(tmp_path) == {"x"}
+
+
+def test_a_writer_whose_staging_was_taken_for_a_leftover_makes_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, made = tempfile.mkdtemp, list[str]()
+
+    def mkdtemp(**options: Any) -> str:
+        made.append(plain(**options))
+        if len(made) == 1:
+            remove_leftovers(tmp_path / "x")  # by another process, before it is locked
+        return made[-1]
+
+    monkeypatch.setattr(tempfile, "mkdtemp", mkdtemp)
+    write_text(tmp_path / "x", "x")
+    assert len(made) == 2 and names(tmp_path) == {"x"}
+
+
 def test_living_writer_is_not_cleaned_up(tmp_path: Path) -> None:
     final = tmp_path / "x"
     with atomic_file(final) as slow:
@@ -173,6 +262,13 @@ def test_folder_hash_follows_names_and_bytes_only(tmp_path: Path) -> None:
     assert sha256_folder(one) != sha256_folder(two)
     (two / "a").rename(two / "sub" / "a")
     assert sha256_folder(one) == sha256_folder(two)
+    for foreign in (".DS_Store", "sub/Thumbs.db", ".ipynb_checkpoints/x.ipynb", "sub/.nfs00000001", "._a"):
+        (two / foreign).parent.mkdir(exist_ok=True)
+        (two / foreign).write_text("a viewer")
+    assert sha256_folder(one) == sha256_folder(two)
+    (two / ".hidden").write_text("A")
+    assert sha256_folder(one) != sha256_folder(two)
+    (two / ".hidden").unlink()
     (two / "sub" / "a").write_text("A")
     assert sha256_folder(one) != sha256_folder(two)
 
@@ -189,7 +285,7 @@ def test_a_hash_that_was_stated_since_is_taken(tmp_path: Path, suffix: str) -> N
     weights, record = tmp_path / "x.safetensors", beside(tmp_path / "x.safetensors", suffix)
     weights.write_text("x")
     assert stated_sha256(weights) == sha256_file(weights)
-    write_json(record, {"artefact": "x.safetensors", "sha256": "abc", "stage": "export"})
+    write_json(record, {"artefact": "x", "sha256": "abc", "stage": "s", "code_sha256": "c"})
     assert stated_sha256(weights) == "abc"
     (tmp_path / "other").write_text("y")
     os.utime(tmp_path / "other", (1, 1))
@@ -264,6 +360,34 @@ def test_path_outside_of_the_working_directory_is_a_bare_name(tmp_path: Path, mo
     with recording(tmp_path / "x.txt", stage="write"):
         write_text(tmp_path / "x.txt", "")
     assert read_json(tmp_path / "x.txt.prov.json")["artefact"] == "x.txt"
+
+
+@pytest.mark.parametrize(
+    ("place", "refused"),
+    [
+        ("results/tiny/images/scores/a.json", False),
+        ("results/tiny-seed0/images/scores/a.json", False),  # its folder was renamed
+        ("results/tiny/videos/scores/a.json", True),
+        ("results/tiny/images/scores/b.json", True),
+        ("results/b.json", True),
+        ("elsewhere/b.json", False),
+    ],
+)
+def test_an_artefact_below_the_same_folder_keeps_its_name(
+    place: str, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = Path("results/tiny/images/scores/a.json" if place != "results/b.json" else "results/a.json")
+    with recording(made, stage="evaluate"):
+        write_text(made, "1")
+    Path(place).parent.mkdir(parents=True, exist_ok=True)
+    for suffix in ("", ".prov.json"):
+        beside(made, suffix).rename(beside(place, suffix))
+    if refused:
+        with pytest.raises(UserError, match=f"{re.escape(place)} was replaced"):
+            verified_sha256(place)
+    else:
+        assert verified_sha256(place) == sha256_file(place)
 
 
 def test_failed_stage_leaves_no_provenance(tmp_path: Path) -> None:

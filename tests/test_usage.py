@@ -15,9 +15,10 @@ from rcm import usage
 from rcm.artefact import content_sha256, read_json, read_run, recording, write_text
 
 
-def stage(folder: Path, *, resume: Path | None = None, error: BaseException | None = None) -> Any:
+def stage(folder: Path, *, resume: Path | None = None, error: BaseException | None = None, number: int = 0) -> Any:
     """A stage of 50 ms in a folder of its own; its `.run.json`."""
-    with recording(folder / "x", stage="test", resume=resume) as facts:
+    config = {"number": number} if number else {}
+    with recording(folder / "x", stage="test", resume=resume, config=config) as facts:
         time.sleep(0.05)
         if error is not None:
             raise error
@@ -37,6 +38,7 @@ def test_attempts_are_summed(tmp_path: Path) -> None:
         stage(tmp_path, resume=resume, error=ValueError("bug"))
     (resume / "attempts" / "damaged.json").write_text("{")
     (resume / "attempts" / "other.json").write_text('{"wall_seconds": [1]}')
+    assert stage(tmp_path, resume=resume, number=2)["attempts"] == 1  # those were of another configuration
     run = stage(tmp_path, resume=resume)
     assert run["attempts"] == 3 and len(run["earlier"]) == 2
     assert 0.15 <= run["wall_seconds"] < 10 and run["gpu_hours"] == 0 < run["core_hours"]

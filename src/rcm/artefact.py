@@ -13,10 +13,11 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ from rcm import usage
 METRICS = "metrics.jsonl"  # rows of a training: what each took, its `wall`, is no part of their identity
 MANIFEST = "manifest.json"  # a folder that holds one names its own content there, under "content_sha256"
 _PARTIAL = ".partial"
+_FOREIGN = re.compile(
+    r"(^|/)(\.snakemake_timestamp$|\.DS_Store$|\._|Thumbs\.db$|desktop\.ini$|\.nfs[0-9a-f]+$|\.ipynb_checkpoints/)"
+)
 _NAMED = ("artefact", "sha256", "stage", "code_sha256")  # texts that a record of provenance must have
 _RECORD_BYTES = 64 * 2**20  # more than any record has
 
@@ -84,12 +88,12 @@ def replace(temporary: Path, final: Path) -> None:
     """Give what is finished its final name; what is recorded of an older one of that name is removed before.
 
     A folder and an older one change places at once where system and file system can; elsewhere the older one is moved
-    aside first. Between these two renames there is no folder at all, never half of one.
+    aside first. Who dies between these two renames leaves both in the staging folder: `remove_leftovers` ends the work.
     """
     for suffix in (".prov.json", ".run.json"):
         beside(final, suffix).unlink(missing_ok=True)
     if final.is_dir() and not _exchange(temporary, final):
-        final.replace(temporary.with_name("replaced"))
+        final.replace(temporary.with_name(_aside(final)))
     if not final.is_dir():
         temporary.replace(final)
     sync(final.parent)
@@ -102,20 +106,44 @@ def _exchange(one: Path, other: Path) -> bool:
     return exchange is not None and exchange(here, os.fsencode(one), here, os.fsencode(other), swap) == 0
 
 
+def _aside(final: Path) -> str:
+    """Name in a staging folder of what `final` was before."""
+    return f".{final.name}.replaced"
+
+
 def remove_leftovers(final: Path) -> None:
-    """Delete staging folders of `final` whose writer is dead: a living writer holds a lock on its own."""
+    """Delete staging folders of `final` whose writer is dead: a living writer holds a lock in its own."""
     for folder in final.parent.glob(f".{glob.escape(final.name)}.*{_PARTIAL}"):
         try:
-            descriptor = os.open(folder, os.O_RDONLY)
-        except FileNotFoundError:
+            with _locked(folder) as held:
+                if not held:
+                    continue
+                if (folder / _aside(final)).exists() and not final.exists():  # it died between the two renames
+                    (folder / final.name).replace(final)
+        except OSError:  # locked, or gone by now
             continue
+        shutil.rmtree(folder, ignore_errors=True)  # with the lock closed: on NFS an open file stays
+
+
+@contextmanager
+def _locked(staging: Path) -> Iterator[bool]:
+    """Hold the lock of a staging folder; False on a file system without locks, OSError where another holds it.
+
+    It is on a file that is open for writing: NFS knows no other between machines.
+    """
+    if staging.is_symlink():  # no writer makes one
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(staging))
+    path = staging / ".lock"
+    with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "rb+") as file:
+        held = True
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder, ignore_errors=True)
-        except OSError:  # locked, or a file system without locks
-            pass
-        finally:
-            os.close(descriptor)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:
+            held = False
+        path.stat()  # FileNotFoundError where who held it has removed it
+        yield held
 
 
 @contextmanager
@@ -123,16 +151,14 @@ def _staging(final: Path) -> Iterator[Path]:
     """A locked folder `.NAME.xxxxxxxx.partial` beside `final` (so on the same file system), removed afterwards."""
     final.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(final)
-    with writing(final):
-        folder = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=_PARTIAL, dir=final.parent))
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            with suppress(OSError):  # a file system without locks
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield folder
-        finally:
-            os.close(descriptor)
-            shutil.rmtree(folder, ignore_errors=True)
+    with writing(final), ExitStack() as stack:
+        while True:
+            folder = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=_PARTIAL, dir=final.parent))
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            with suppress(BlockingIOError, FileNotFoundError):  # who took it for a leftover, before it was locked
+                stack.enter_context(_locked(folder))
+                break
+        yield folder
 
 
 @contextmanager
@@ -215,12 +241,16 @@ def sha256_file(path: Path | str) -> str:
 def sha256_folder(path: Path | str) -> str:
     """SHA-256 over the relative names and bytes of all files in a folder; times and permissions do not matter.
 
-    Nor does the file in which Snakemake notes its own time.
+    Nor do files that others put there (`is_foreign`).
     """
     root = Path(path)
-    found = (file for file in root.rglob("*") if file.is_file() and file.name != ".snakemake_timestamp")
-    files = sorted((file.relative_to(root).as_posix(), file) for file in found)
-    return sha256_json([[name, sha256_file(file)] for name, file in files])
+    files = sorted((file.relative_to(root).as_posix(), file) for file in root.rglob("*") if file.is_file())
+    return sha256_json([[name, sha256_file(file)] for name, file in files if not is_foreign(name)])
+
+
+def is_foreign(name: str) -> bool:
+    """Whether a file in a folder, by its name there, is one of Snakemake, of a viewer of files, or of NFS."""
+    return _FOREIGN.search(name) is not None
 
 
 def content_sha256(path: Path | str) -> str:
@@ -253,38 +283,25 @@ def _sha256_rows(path: Path) -> str:
 def verified_sha256(path: Path | str, found: str | None = None) -> str:
     """`content_sha256`, where it is not `found` already; it must be what the artefact's `.prov.json` says.
 
-    UserError where it is not, so the artefact is damaged or another, and where the record is of another artefact: one
-    that lies below the same folder of the working directory. What has no record, such as a user's own file, is taken.
+    UserError where it is not, so the artefact is damaged or another, and where the record is of another artefact that
+    lies below the same folder of the working directory: one of another name below data/SCALE or results/SCALE, which
+    may be renamed. What has no record, such as a user's own file, is taken.
     """
     path = Path(path)
     found = content_sha256(path) if found is None else found
     if not (record := beside(path, ".prov.json")).is_file():
         return found
-    name, known, stage = _stated(record)
+    said = _said(record)
+    name, known, stage = Path(said["artefact"]), said["sha256"], said["stage"]
     what_to_do = f"make it again with `rcm {stage}`, or remove {record} to take it as it is"
     if found != known:
         raise UserError(
             f"{path} is damaged or was replaced: its SHA-256 is {found}, by its record {known}; {what_to_do}"
         )
     own = Path(_relative(path)).parts
-    if name.parts[:1] == own[:1] and name.parts != own:
+    if name.parts[:1] == own[:1] and (name.parts[2:] or name.parts) != (own[2:] or own):
         raise UserError(f"{path} was replaced: by its record it is {name}; {what_to_do}")
     return found
-
-
-def _stated(record: Path) -> tuple[Path, str, str]:
-    """The artefact, its SHA-256 and the stage that a `.prov.json` names."""
-    said = read_json(record)
-    try:
-        name, known, stage = said["artefact"], said["sha256"], said["stage"]
-        if not all(isinstance(value, str) for value in (name, known, stage)):
-            raise TypeError
-    except (TypeError, KeyError):
-        raise UserError(
-            f"{record} is damaged, for it does not say what it is about; make the artefact again, or remove the "
-            "record to take it as it is"
-        ) from None
-    return Path(name), known, stage
 
 
 def stated_sha256(path: Path | str) -> str:
@@ -341,21 +358,28 @@ def beside(path: Path | str, suffix: str) -> Path:
     return path.with_name(path.name + suffix)
 
 
+def _said(record: Path) -> dict[str, Any]:
+    """A `.prov.json` that names an artefact, its SHA-256, the stage and the code; else a UserError."""
+    small = record.is_file() and record.stat().st_size <= _RECORD_BYTES
+    said = read_json(record) if small else None
+    if not isinstance(said, dict) or not all(isinstance(said.get(key), str) for key in _NAMED):
+        raise UserError(
+            f"{record} is damaged, for it does not say what it is about; make the artefact again, or remove the "
+            "record to take it as it is"
+        )
+    return said
+
+
 def read_record(path: Path | str) -> dict[str, Any]:
     """A `.prov.json`; a UserError where it is damaged or no such record."""
     path = Path(path)
-    if not path.is_file() or path.stat().st_size > _RECORD_BYTES:
-        raise UserError(f"{path} is no record of provenance; make the artefact again")
-    said = read_json(path)
-    known = isinstance(said, dict) and all(isinstance(said.get(key), str) for key in _NAMED)
-    inputs = said.get("inputs") if known else None
+    said = _said(path)
+    inputs = said.get("inputs")
     if not isinstance(inputs, list) or not all(
         isinstance(item, dict) and isinstance(item.get("path"), str) and isinstance(item.get("sha256"), str)
         for item in inputs
     ):
-        raise UserError(
-            f"{path} is damaged: expected an artefact, its SHA-256, stage, code and inputs; make the artefact again"
-        )
+        raise UserError(f"{path} is damaged, for it does not say what was read; make the artefact again")
     try:
         agrees = isinstance(said.get("config"), dict) and said.get("config_sha256") == sha256_json(said["config"])
     except (ValueError, RecursionError):  # numbers that JSON does not have
@@ -430,7 +454,8 @@ def recording(
     }
     git = usage.git_version()
     facts: dict[str, Any] = {}
-    with usage.metered(resume / "attempts" if resume is not None else None, ranks) as meter:
+    attempts = resume / "attempts" if resume is not None else None
+    with usage.metered(attempts, ranks, sha256_json([stage, provenance["config"], seed])) as meter:
         yield facts
     provenance["inputs"] = [{"path": _relative(path), "sha256": hashes[path]} for path in files]
     run = {

@@ -35,13 +35,18 @@ _SUMMED = ("wall_seconds", "gpu_hours", "core_hours")
 
 
 class Meter:
-    """Measures one attempt from its construction on; `earlier` are those before it, as `spent` tells of them."""
+    """Measures one attempt from its construction on; `earlier` are those before it, as `spent` tells of them.
 
-    def __init__(self, attempts: Path | None = None, ranks: int = 1):
-        self.ranks, self.started, self._clock, self._cpu = ranks, datetime.now(UTC), time.perf_counter(), _cpu_seconds()
+    They are in the folder `attempts`, each with what it is an attempt `of`, such as a hash; those of other things are
+    none of this run.
+    """
+
+    def __init__(self, attempts: Path | None = None, ranks: int = 1, of: str = ""):
+        self.of, self.ranks, self.started = of, ranks, datetime.now(UTC)
+        self._clock, self._cpu = time.perf_counter(), _cpu_seconds()
         name = f"{self.started:%Y%m%dT%H%M%S%f}-{platform.node()}-{os.getpid()}.json"
         self.file = attempts / name if attempts is not None else None
-        self.earlier = _read(attempts) if attempts is not None else []
+        self.earlier = _read(attempts, of) if attempts is not None else []
 
     def spent(self, others: Sequence[dict[str, Any]] | None = None) -> dict[str, Any]:
         """This attempt so far; `others` are the `usage` of the ranks beside this one, else they count as this one.
@@ -86,42 +91,44 @@ class Meter:
             with suppress(OSError):
                 self.file.parent.mkdir(parents=True, exist_ok=True)
                 partial = self.file.with_suffix(".partial")
-                partial.write_text(json.dumps(self.spent()) + "\n", encoding="utf-8")
+                partial.write_text(json.dumps({"of": self.of, **self.spent()}) + "\n", encoding="utf-8")
                 partial.replace(self.file)
 
 
 @contextmanager
-def metered(attempts: Path | None = None, ranks: int = 1) -> Iterator[Meter]:
+def metered(attempts: Path | None = None, ranks: int = 1, of: str = "") -> Iterator[Meter]:
     """A meter that remembers in the folder `attempts` what a run took that does not come to its end."""
-    meter, over = Meter(attempts, ranks), threading.Event()
+    meter, over = Meter(attempts, ranks, of), threading.Event()
 
     def keep() -> None:
         while not over.wait(EVERY):
             meter.note()
 
-    thread = threading.Thread(target=keep, daemon=True, name="meter") if attempts is not None else None
-    if thread is not None:
+    thread = threading.Thread(target=keep, daemon=True, name="meter")
+    if attempts is not None:
         thread.start()
     try:
-        yield meter
+        try:
+            yield meter
+        finally:
+            over.set()
+            if attempts is not None:
+                thread.join()  # which may be about to write the same note
     except BaseException as error:
         if isinstance(error, SystemExit | KeyboardInterrupt) or time.perf_counter() - meter._clock >= EVERY:
             meter.note()
         raise
-    finally:
-        over.set()
-        if thread is not None:
-            thread.join()
 
 
-def _read(folder: Path) -> list[dict[str, Any]]:
-    """The attempts that were noted; what is damaged is left out."""
+def _read(folder: Path, of: str) -> list[dict[str, Any]]:
+    """The attempts `of` this that were noted; what is damaged is left out."""
     found = []
     for path in sorted(folder.glob("*.json")):
         with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
             said = json.loads(path.read_text(encoding="utf-8"))
             numbers = {k: float(said[k]) for k in (*_SUMMED, "peak_mib")}
-            found.append({**said, "started": str(said["started"]), **numbers})
+            if said.pop("of") == of:
+                found.append({**said, "started": str(said["started"]), **numbers})
     return found
 
 

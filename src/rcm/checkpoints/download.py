@@ -19,6 +19,7 @@ from rcm.artefact import (
     UserError,
     beside,
     content_sha256,
+    is_foreign,
     read_json,
     reason,
     replace,
@@ -140,9 +141,10 @@ def verify(path: Path | str, whole: bool = True) -> str | None:
         file = path / name if name else path
         if not file.is_file() or file.stat().st_size != known["size"] or sha256_file(file) != known["sha256"]:
             what = "has changed since" if file.is_file() else "is missing since"
+            records = (beside(path, suffix) for suffix in (_MANIFEST, ".prov.json"))
             raise UserError(
                 f"{file} {what} it was downloaded from {manifest['source']}: remove {path} to fetch it again, or "
-                f"{beside(path, _MANIFEST)} to keep it as it is"
+                f"{' and '.join(str(record) for record in records if record.exists())} to keep it as it is"
             )
     return manifest["sha256"]
 
@@ -181,7 +183,7 @@ def _identity(files: Files) -> str:
     """What `content_sha256` says of a file or folder with these."""
     if "" in files:
         return files[""]["sha256"]
-    return sha256_json([[name, known["sha256"]] for name, known in sorted(files.items())])
+    return sha256_json([[name, known["sha256"]] for name, known in sorted(files.items()) if not is_foreign(name)])
 
 
 def _record(source: str, out: Path, revision: str | None, files: Files) -> None:
