@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     unknown = failures and not isinstance(failures[0], ChildFailedError)
     own = cause = None
     if failures:
-        own = cause = Cause(True, time.time(), -1, 1) if unknown else first_cause(failures[0].failures)  # type: ignore[attr-defined]
+        own = cause = Cause(1, time.time(), -1, 1) if unknown else first_cause(failures[0].failures)  # type: ignore[attr-defined]
     if others:
         cause = others.end(own)
     if unknown and cause == own:
@@ -79,10 +79,10 @@ def main(argv: list[str] | None = None) -> int:
 class Cause(NamedTuple):
     """How a rank failed; the least of several is the first cause."""
 
-    # a rank that was killed takes others with it at once, which fail by its loss: SIGTERM is torchrun's, to those left,
-    # and SIGABRT that of NCCL, which waited in vain
-    consequence: bool
-    timestamp: float
+    # 0: killed, which takes others along at once; 1: ended by itself, of its own or by the loss of another, as by NCCL's
+    # SIGABRT; 2: by SIGTERM, which torchrun sends to those that are left
+    consequence: int
+    timestamp: float  # that of torchrun, in whole seconds
     rank: int
     code: int
 
@@ -102,10 +102,13 @@ class Cause(NamedTuple):
 
 def first_cause(failures: Mapping[int, Any]) -> Cause:
     """The first of torchrun's failures on this machine."""
-    return min(
-        Cause(f.exitcode >= 0 or -f.exitcode in _CONSEQUENCES, f.timestamp, rank, f.exitcode)
-        for rank, f in failures.items()
-    )
+    return min(Cause(_consequence(f.exitcode), f.timestamp, rank, f.exitcode) for rank, f in failures.items())
+
+
+def _consequence(code: int) -> int:
+    if code in (-signal.SIGTERM, 128 + signal.SIGTERM):
+        return 2
+    return int(code >= 0 or code == -signal.SIGABRT)
 
 
 class Place(NamedTuple):
@@ -181,7 +184,7 @@ class Others:
                     told = json.loads(self.store.get(f"ended {machine}"))
                     self.known[machine] = Cause(*told) if told else None
             except RuntimeError:
-                self.known.setdefault(0, Cause(True, time.time(), 0, 1))
+                self.known.setdefault(0, Cause(1, time.time(), 0, 1))
                 break
         return self.known
 
@@ -210,7 +213,6 @@ def _children() -> list[int]:
     return pids
 
 
-_CONSEQUENCES = signal.SIGTERM, signal.SIGABRT
 _HINTS: dict[int, str] = {
     signal.SIGKILL: " (by hand, or for want of memory)",
     signal.SIGBUS: " (for want of shared memory?)",

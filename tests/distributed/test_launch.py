@@ -90,15 +90,21 @@ if __name__ == "__main__":  # a rank of a run that ends as told: FOLDER ACTION
     train(Path(sys.argv[1]), globals()[sys.argv[2]])
 
 
-def launch(*arguments, nproc=2):
-    """The ended launcher of some ranks: exit status, and what it and they said on stderr."""
+def started(*arguments, nproc=2):
+    """A running launcher of some ranks, whose stderr is that of the ranks too."""
     path = os.pathsep.join([str(ROOT / "src"), str(ROOT / "kernels"), str(ROOT)])
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
     environment |= {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "rcm.launch", "--nproc-per-node", str(nproc), *map(str, arguments)]
-    ended = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT)
-    said = [line for line in ended.stderr.splitlines() if line and "UserWarning" not in line and line[:2] != "  "]
-    return ended.returncode, said
+    return subprocess.Popen(command, env=environment, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+
+def launch(*arguments, nproc=2):
+    """The ended launcher of some ranks: exit status, and what it and they said on stderr."""
+    with started(*arguments, nproc=nproc) as run:
+        errors = run.communicate(timeout=LIMIT)[1]
+    said = [line for line in errors.splitlines() if line and "UserWarning" not in line and line[:2] != "  "]
+    return run.returncode, said
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +171,9 @@ def test_the_first_cause_is_not_its_consequence(capsys):
     assert first_cause(table).status == 1
     first_cause(table).speak()
     assert "rank 0 failed first: it ended with 1" in capsys.readouterr().err
+    for others in (-signal.SIGTERM, 128 + signal.SIGTERM):  # torchrun's, in the same whole second
+        table = {0: SimpleNamespace(exitcode=others, timestamp=7), 1: SimpleNamespace(exitcode=75, timestamp=7)}
+        assert first_cause(table).status == EXIT_INTERRUPTED
 
 
 @pytest.fixture(scope="module")
@@ -212,6 +221,15 @@ def test_distill_on_two_processes(project, tmp_path):
     assert (alone["ranks"], run["ranks"]) == (1, 2) and run["core_hours"] > 0
     facts = run["facts"]
     assert facts["optimizer"] == "torch" and facts["parallel"]["shard"] == 2
+
+
+@pytest.mark.slow
+def test_ranks_end_with_their_launcher(project, tmp_path):
+    run = started("-m", "rcm", *project(tmp_path, "distillation.student_updates=100000", "distillation.profile=null"))
+    until(lambda: (tmp_path / "resume/metrics.jsonl").exists())
+    run.kill()
+    run.communicate(timeout=LIMIT / 2)  # until no rank keeps its stderr open
+    assert not (tmp_path / "dcp").exists()
 
 
 def test_a_mistake_on_all_ranks_is_said_once(project, tmp_path):

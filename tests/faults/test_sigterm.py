@@ -78,7 +78,7 @@ def test_a_distillation_saves_its_state(server: Server, number: signal.Signals, 
     raise AssertionError(f"no signal came during the training: {told['said']}")
 
 
-@pytest.mark.parametrize("number", NUMBERS[:2])
+@pytest.mark.parametrize("number", NUMBERS)
 def test_a_signal_that_a_library_takes_for_a_fault(
     number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -94,7 +94,22 @@ def test_a_signal_that_a_library_takes_for_a_fault(
     with pytest.raises(SystemExit) as leaving, caught_signals(at_once=True):
         mistaken()
     assert leaving.value.code == EXIT_INTERRUPTED
-    assert signal.getsignal(number) is signal.SIG_DFL
+    assert signal.getsignal(number) is (signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
+@pytest.mark.parametrize("number", NUMBERS[:2])
+def test_a_launched_rank_is_told_twice(number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By Slurm and by the launcher, or by torchrun once another rank has ended: to the end of the process."""
+    before = signal.getsignal(number)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    try:
+        with caught_signals() as caught:
+            for _ in range(2):
+                signal.raise_signal(number)
+        signal.raise_signal(number)
+        assert caught.numbers == [number]
+    finally:
+        signal.signal(number, before)
 
 
 @pytest.mark.slow

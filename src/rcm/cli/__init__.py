@@ -22,6 +22,7 @@ from typing import Any
 from rcm.artefact import UserError, reason
 from rcm.cli.parser import STAGES, overview, parse
 from rcm.cli.ranks import other_is_gone, rank, speaker, wait_for_the_end
+from rcm.training.signals import SIGNALS, end_with_launcher, restore
 
 __all__ = ["main"]
 
@@ -45,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         arguments = parse(name, rest)
         module, function = STAGES[name].where.split(":")
         with _ended_by_signals():
+            end_with_launcher()
             getattr(import_module(module), function)(arguments)
     except UserError as mistake:
         print(f"{speaker(f'rcm {name}')}: error: {one_line(str(mistake))}", file=sys.stderr)
@@ -79,10 +81,13 @@ def _ended_by_signals() -> Iterator[None]:
 
     def end(number: int, _frame: Any) -> None:
         came.append(number)
+        if number == signal.SIGINT:
+            signal.signal(number, before[number])
+            raise KeyboardInterrupt
         signal.signal(number, signal.SIG_IGN)  # it may come twice, from a scheduler and from a parent
         raise KeyboardInterrupt(number)
 
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    before = {number: signal.signal(number, end) for number in SIGNALS}
     try:
         yield
     except Exception:
@@ -90,8 +95,7 @@ def _ended_by_signals() -> Iterator[None]:
             raise KeyboardInterrupt(came[0]) from None
         raise
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        restore(before)
 
 
 def _told(fault: OSError) -> str:

@@ -1,10 +1,12 @@
 """Signals that ask for an early end: the state is saved first, and the run can be continued."""
 
+import ctypes
+import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,7 +27,8 @@ class Caught:
 def caught_signals(*, at_once: bool = False, speak: bool = True) -> Iterator[Caught]:
     """Note signals, or leave by SystemExit(EXIT_INTERRUPTED); the second of a kind acts as it did before.
 
-    Not the second SIGUSR1: Slurm sends it to launcher and rank, and the launcher passes it on.
+    Not the second SIGUSR1, nor, of a launched rank, the second SIGTERM, to its end: Slurm sends them to launcher and
+    rank, the launcher passes them on, and torchrun adds a SIGTERM as soon as another rank has ended.
     """
     caught = Caught(at_once)
     if threading.current_thread() is not threading.main_thread():
@@ -34,7 +37,8 @@ def caught_signals(*, at_once: bool = False, speak: bool = True) -> Iterator[Cau
 
     def catch(number: int, _frame: Any) -> None:
         caught.numbers.append(number)
-        signal.signal(number, signal.SIG_IGN if number == signal.SIGUSR1 else before[number])
+        again = number == signal.SIGUSR1 or (number == signal.SIGTERM and launched())
+        signal.signal(number, signal.SIG_IGN if again else before[number])
         if caught.at_once:
             raise SystemExit(EXIT_INTERRUPTED)
 
@@ -52,8 +56,26 @@ def caught_signals(*, at_once: bool = False, speak: bool = True) -> Iterator[Cau
             print(told, file=sys.stderr, flush=True)
         raise
     finally:
-        for number, handler in before.items():
+        restore(before)
+
+
+def restore(handlers: Mapping[int, Any]) -> None:
+    """Set the handlers of signals as they were; a launched rank goes on ignoring what it has begun to ignore."""
+    for number, handler in handlers.items():
+        if not launched() or signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, handler)
+
+
+def launched() -> bool:
+    """Whether this process is a rank that torchrun or `rcm.launch` started."""
+    return "LOCAL_RANK" in os.environ
+
+
+def end_with_launcher() -> None:
+    """Have the kernel send this rank SIGTERM when the thread that started it is gone, as after a kill -9 (Linux)."""
+    if launched():
+        with suppress(AttributeError):
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def leave(iteration: int, iterations: int, resume_dir: Path, *, speak: bool) -> NoReturn:
