@@ -25,7 +25,7 @@ def serve(address, modules):
 
     compose([])
     code_digest()
-    for stage in ("synthesize", "distill") if "torch" in sys.modules else ():
+    for stage in ("synthesize", "distill", "export") if "torch" in sys.modules else ():
         digest_of_stage(stage)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     with Listener(address) as listener:

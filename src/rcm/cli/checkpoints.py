@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rcm.artefact import UserError, code_digest, content_sha256, recording, verified_sha256
+from rcm.artefact import UserError, content_sha256, recording, verified_sha256
 from rcm.cli.config import compose
+from rcm.cli.sources import code_digest
 
 if TYPE_CHECKING:
     from rcm.checkpoints import LazyState
@@ -65,7 +66,7 @@ def export(arguments: Namespace) -> None:
     config = {**settings, "dtype": arguments.dtype}
     with recording(*outputs.values(), stage="export", inputs=[student], config=config, seed=seed):
         state = _cast(_of_network(open_dcp(student), settings["network"], student), arguments.dtype)
-        settings |= {"student_sha256": content_sha256(student), "code_sha256": code_digest()}
+        settings |= {"student_sha256": content_sha256(student), "code_sha256": code_digest("export")}
         passes = len(outputs) + ("safetensors" in outputs)  # its checksum stands before the tensors
         with Progress("export", len(state) * passes, "tensors") as progress:
             state = state.watched(lambda name: progress.advance())

@@ -10,6 +10,7 @@ Letters of shapes: N samples, B batch, C channels, T frames, H height, W width, 
 import functools
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,7 +190,9 @@ def read_shards(
     """
     files = [Path(path) for path in paths]
     rank, world = (dist.get_rank(group), dist.get_world_size(group)) if group is not None else (0, 1)
-    manifests, common = everywhere(lambda: _checked_manifests(files), group)[rank]
+    checked: list[tuple[dict[Path, dict[str, Any]], dict[str, Any]]] = []  # of thousands, no rank is sent the others'
+    everywhere(lambda: checked.append(_checked_manifests(files)), group)
+    manifests, common = checked[0]
     contents: list[list[Entry]] = []
     for first in range(0, len(files), world):  # a shard each, so that none waits long and an error comes early
         mine = files[first + rank : first + rank + 1]
@@ -221,7 +224,7 @@ def _checked_manifests(files: Sequence[Path]) -> tuple[dict[Path, dict[str, Any]
 
 def read_manifests(files: Sequence[Path]) -> dict[Path, dict[str, Any]]:
     """The manifest of each shard, without the lines of its samples; UserError for one that is not there."""
-    if repeated := [path for path in files if files.count(path) > 1]:
+    if repeated := [path for path, count in Counter(files).items() if count > 1]:
         raise UserError(f"shard {repeated[0]} is given twice; give each part exactly once")
     manifests = {}
     for path in files:
