@@ -86,4 +86,4 @@ rule pretrain_teacher:
         "Train the teacher of {wildcards.media}; to watch: tail -f {log}"
     shell:
         "python -m rcm pretrain {params.overrides} {params.codec} --resume {params.resume} "
-        "--out {output.transformer} --codec-out {output.codec} >> {log} 2>&1"
+        "--out {output.transformer} --codec-out {output.codec} > {log} 2>&1"

@@ -40,7 +40,7 @@ rule distill:
     shell:
         "{params.launcher} distill {params.overrides} --teacher {input.teacher} --data {input.shards} --codec {input.codec} "
         "{params.text} --resume {params.resume} --out {output.dcp} --raw {output.raw} --metrics {output.metrics} "
-        "--previews {output.previews} >> {log} 2>&1"
+        "--previews {output.previews} > {log} 2>&1"
 
 
 rule export:
