@@ -12,6 +12,7 @@ import datetime
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,11 +23,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rcm.artefact import UserError
 from rcm.training.signals import EXIT_INTERRUPTED, SIGNALS
 
 PATIENCE = 35.0  # seconds between the end of one machine's ranks and that of the others'; torchrun takes up to 30
 START = 600.0  # seconds in which all machines have to start
 POLL = 0.3  # seconds between two looks at the other machines
+SCONTROL = 60.0  # seconds in which Slurm's controller answers, or the name of a node has to do
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,7 +50,11 @@ def main(argv: list[str] | None = None) -> int:
             failures.append(failure)
 
     told = arguments.standalone or arguments.rdzv_endpoint or arguments.nnodes != "1:1"
-    place = None if told else Place.of_slurm(os.environ)
+    try:
+        place = None if told else Place.of_slurm(os.environ)
+    except UserError as mistake:
+        print(f"rcm.launch: error: {mistake}", file=sys.stderr)
+        return 2
     if place:
         arguments.nnodes, arguments.node_rank = str(place.machines), place.machine
         arguments.master_addr, arguments.master_port = place.address, place.port
@@ -79,8 +86,8 @@ def main(argv: list[str] | None = None) -> int:
 class Cause(NamedTuple):
     """How a rank failed; the least of several is the first cause."""
 
-    # 0: killed, which takes others along at once; 1: ended by itself, of its own or by the loss of another, as by NCCL's
-    # SIGABRT; 2: by SIGTERM, which torchrun sends to those that are left
+    # 0: killed, which takes others along at once; 1: ended by itself, or by the loss of another, as by SIGABRT of NCCL;
+    # 2: by SIGTERM, which torchrun sends to those that are left
     consequence: int
     timestamp: float  # that of torchrun, in whole seconds
     rank: int
@@ -125,17 +132,24 @@ class Place(NamedTuple):
         machines = int(environment.get("SLURM_STEP_NUM_NODES", "1"))
         if machines == 1:
             return None
-        head = _scontrol("show", "hostnames", environment["SLURM_STEP_NODELIST"]).split()[0]
-        fields = dict(word.split("=", 1) for word in _scontrol("show", "node", head).split() if "=" in word)
         # steps of a job, and jobs that share a machine, must not meet each other
         number = int(environment["SLURM_JOB_ID"]) * 7 + int(environment["SLURM_STEP_ID"])
-        return cls(
-            int(environment["SLURM_NODEID"]), machines, fields.get("NodeAddr", head), 20000 + 2 * (number % 5000)
-        )
+        address = _address(environment["SLURM_STEP_NODELIST"])
+        return cls(int(environment["SLURM_NODEID"]), machines, address, 20000 + 2 * (number % 5000))
 
 
-def _scontrol(*words: str) -> str:
-    return subprocess.run(["scontrol", "--oneliner", *words], check=True, capture_output=True, text=True).stdout
+def _address(nodes: str) -> str:
+    """Where the first of a list of nodes, such as n[3-5,7],m1, is reached: its name, where Slurm does not say more."""
+    matched = re.match(r"([^,\[]+)(?:\[(\d+)[^]]*\])?([^,\[]*)", nodes)
+    if matched is None:
+        raise UserError(f"SLURM_STEP_NODELIST is {nodes!r}; expected: a list of nodes, as srun sets it")
+    head = "".join(filter(None, matched.groups()))
+    try:
+        asked = ["scontrol", "--oneliner", "show", "node", head]
+        said = subprocess.run(asked, check=True, capture_output=True, text=True, timeout=SCONTROL).stdout
+    except (OSError, subprocess.SubprocessError):  # some sites have no scontrol on their nodes
+        return head
+    return dict(word.split("=", 1) for word in said.split() if "=" in word).get("NodeAddr", head)
 
 
 class Others:

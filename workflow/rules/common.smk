@@ -294,14 +294,15 @@ def launcher(wildcards, threads, resources):
     processes = config["nproc"] // MACHINES if BIG or MACHINES > 1 else threads
     if processes * MACHINES == 1 and precision == "float32":
         return "python -m rcm"
-    environment = "" if BIG else "OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 "
-    launch = f"python -m rcm.launch --nproc-per-node {processes} -m rcm"
+    start = ["python -m rcm.launch", f"--nproc-per-node {processes} -m rcm"]
     if MACHINES == 1:
-        return f"{environment}{launch.replace('--nproc', '--standalone --nproc')}"
-    return (
-        f"{environment}{resources.mpi} --nodes={MACHINES} --ntasks={MACHINES} --ntasks-per-node=1 "
-        f"--cpus-per-task={resources.cpus_per_task} --kill-on-bad-exit=0 {launch}"
-    )
+        start.insert(1, "--standalone")
+    else:
+        step = f"--nodes={MACHINES} --ntasks={MACHINES} --ntasks-per-node=1 --cpus-per-task={resources.cpus_per_task}"
+        start.insert(0, f"{resources.mpi} {step} --kill-on-bad-exit=0 --wait=0")  # the launchers end together
+    if not BIG:
+        start.insert(0, "OMP_NUM_THREADS=1 MKL_NUM_THREADS=1")
+    return " ".join(start)
 
 
 def told(path, category):

@@ -1,4 +1,13 @@
 # Training: distillation by each method, and export of the students.
+
+# What a distillation asks for besides memory and time; on several machines it starts by Slurm's srun
+ON_MACHINES = {"gpu": sized(0, config["nproc"])}
+if MACHINES > 1:
+    ON_MACHINES = {"mpi": "srun", "tasks": MACHINES, "tasks_per_gpu": 0, "cpus_per_task": config["nproc"] // MACHINES}
+    if BIG:
+        ON_MACHINES["gres"] = f"gpu:{config['nproc'] // MACHINES}"
+
+
 rule distill:
     input:
         teacher=rules.convert.output,
@@ -18,16 +27,11 @@ rule distill:
     priority: 50
     threads: config["nproc"]
     resources:
-        # on several machines by Slurm's srun: memory, cores and GPUs are then those of each
+        **ON_MACHINES,
+        # memory, cores and GPUs of each machine
         mem_mb=lambda wildcards, threads: sized(1500, 64000) * threads // MACHINES,
         runtime=60 * config["hours"]["distill"],
-        gpu=sized(0, config["nproc"]) if MACHINES == 1 else None,
-        mpi="srun" if MACHINES > 1 else None,
-        nodes=MACHINES if MACHINES > 1 else None,
-        tasks=MACHINES if MACHINES > 1 else None,
-        tasks_per_gpu=0 if MACHINES > 1 else None,
-        cpus_per_task=config["nproc"] // MACHINES if MACHINES > 1 else None,
-        gres=f"gpu:{config['nproc'] // MACHINES}" if BIG and MACHINES > 1 else None,
+        nodes=MACHINES,
     params:
         cfg=numbers("distill"),
         code=code("distill"),

@@ -87,7 +87,7 @@ def _ended_by_signals() -> Iterator[None]:
         signal.signal(number, signal.SIG_IGN)  # it may come twice, from a scheduler and from a parent
         raise KeyboardInterrupt(number)
 
-    before = {number: signal.signal(number, end) for number in SIGNALS}
+    before: dict[int, Any] = {number: signal.signal(number, end) for number in SIGNALS}
     try:
         yield
     except Exception:
