@@ -293,7 +293,7 @@ def verified_sha256(path: Path | str, found: str | None = None) -> str:
         return found
     said = _said(record)
     name, known, stage = Path(said["artefact"]), said["sha256"], said["stage"]
-    what_to_do = f"make it again with `rcm {stage}`, or remove {record} to take it as it is"
+    what_to_do = f"make it again (stage {stage}), or remove {record} to take it as it is"
     if found != known:
         raise UserError(
             f"{path} is damaged or was replaced: its SHA-256 is {found}, by its record {known}; {what_to_do}"

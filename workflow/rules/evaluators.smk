@@ -81,6 +81,12 @@ if by(*OFFICIAL):
 
 
 # The evaluator's own Python is named in full, for that of this project comes first in PATH.
+RECORDED = (
+    "python -m rcm.cli.external --stage official --inputs {input} --out {output} "
+    "--config numbers={params.cfg:q} environment={params.environment} -- "
+)
+
+
 if by("geneval-mmdet"):
 
     rule known_photographs:
@@ -97,7 +103,7 @@ if by("geneval-mmdet"):
         message:
             "Write the photographs by which a detector is trusted"
         shell:
-            "python -m rcm.evaluation.known --out {output} > {log} 2>&1"
+            "python -m rcm.cli.external --stage known --out {output} -- python -m rcm.evaluation.known --out {output} > {log} 2>&1"
 
     rule geneval_official:
         input:
@@ -126,6 +132,7 @@ if by("geneval-mmdet"):
         shell:
             "{{ "
             + elsewhere("geneval_official", "mmdet")
+            + RECORDED
             + '"$CONDA_PREFIX/bin/python" workflow/scripts/geneval_official.py --samples {input.samples} --known {input.known} --known-at-least {params.least} --out {output}; }} > {log} 2>&1'
 
 
@@ -160,4 +167,5 @@ if by("vbench", "vbench-long"):
         shell:
             "{{ "
             + elsewhere("vbench_official", "vbench")
+            + RECORDED
             + '"$CONDA_PREFIX/bin/python" workflow/scripts/vbench_official.py --samples {input.samples} --info {input.info} {params.protocol} {params.missing} --kept {params.kept} --out {output}; }} > {log} 2>&1'
