@@ -44,9 +44,7 @@ def test_a_failure_is_passed_on(given: list[str], capfd: pytest.CaptureFixture[s
 
 @pytest.mark.parametrize(("number", "expected"), [(signal.SIGTERM, 7), (signal.SIGUSR1, 128 + signal.SIGUSR1)])
 def test_a_signal_is_passed_on(number: int, expected: int, given: list[str]) -> None:
-    told = (
-        "import sys, signal as s, time; s.signal(15, lambda *_: sys.exit(7)); print('on', flush=True); time.sleep(60)"
-    )
+    told = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(7)); print(flush=True); time.sleep(60)"
     command = [sys.executable, "-m", "rcm.cli.external", *given, "--", sys.executable, "-c", told]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as process:
