@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -62,6 +63,11 @@ def committed() -> tuple[dict[str, dict], dict]:
     return pipeline, json.loads((ROOT / "params.json").read_text(encoding="utf-8"))
 
 
+@pytest.fixture(scope="module")
+def large() -> tuple[dict[str, dict], dict, dict]:
+    return written("wan2.1-14b")
+
+
 def test_what_is_committed_is_current():
     run = call(sys.executable, "-m", "rcm", "stages", "--check")
     assert run.returncode == 0, run.stderr
@@ -96,8 +102,9 @@ def test_params_edited_by_hand_are_refused(tmp_path, monkeypatch, committed):
 
 def test_a_stage_takes_the_environment_and_the_profile_that_are_active(tmp_path):
     (tmp_path / "bin").mkdir()
-    (tmp_path / "bin/snakemake").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n', encoding="utf-8")
-    (tmp_path / "bin/snakemake").chmod(0o755)
+    for name in ("snakemake", "rcm"):
+        (tmp_path / "bin" / name).write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n', encoding="utf-8")
+        (tmp_path / "bin" / name).chmod(0o755)
     arguments = ("tiny", "synthesize", "a b/{1..11}-of-11.tar", "c")
     run = call("bash", STAGE, *arguments, VIRTUAL_ENV=str(tmp_path), SNAKEMAKE_PROFILE="elsewhere")
     words = run.stdout.splitlines()
@@ -106,6 +113,86 @@ def test_a_stage_takes_the_environment_and_the_profile_that_are_active(tmp_path)
     assert words[words.index("--allowed-rules") + 1] == "synthesize"
     plain = call("bash", STAGE, *arguments, VIRTUAL_ENV=str(tmp_path), SNAKEMAKE_PROFILE="")
     assert "workflow/profiles/local" in plain.stdout
+    (tmp_path / "bin/rcm").unlink()  # an environment of something else
+    other = call("bash", STAGE, *arguments, folder=tmp_path, VIRTUAL_ENV=str(tmp_path), PATH="/usr/bin:/bin")
+    assert other.returncode == 2
+    assert other.stderr.splitlines() == ["stage.sh: error: there is no rcm: run `make setup`"]
+
+
+def test_a_damaged_params_file_forgets_no_scale(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert stages.known_scales() == ["tiny"]
+    Path("params.json").write_text('{"tiny": {}, "wan2_1-14b": {}}', encoding="utf-8")
+    assert stages.known_scales() == ["tiny", "wan2.1-14b"]
+    Path("params.json").write_text('<<<<<<< HEAD\n{"tiny": {}}', encoding="utf-8")
+    with pytest.raises(UserError, match=r"params\.json is not valid JSON"):
+        stages.known_scales()
+
+
+def test_outside_the_project_is_said(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"there is no Snakefile in .*: call this in the root"):
+        stages.jobs("tiny")
+
+
+TEMPORARY = """
+rule all:
+    input: expand("made/{name}.txt", name=[*"ab"])
+rule part:
+    output: "parts/{name}/{scatteritem}.txt"
+    params: cfg=None, code="code part", overrides="experiment=tiny-images"
+    shell: "echo {wildcards.scatteritem} > {output}"
+rule arrange:
+    input: [f"parts/{{name}}/{k}-of-2.txt" for k in (1, 2)]
+    output: temp(directory("brief/{name}"))
+    params: cfg=None, code="code arrange", overrides="experiment=tiny-images"
+    shell: "mkdir {output} && cp {input} {output}"
+rule look:
+    input: "brief/{name}"
+    output: "made/{name}.txt"
+    params: cfg=None, code="code look", overrides="experiment=tiny-images", environment=ENVIRONMENT
+    shell: "cat {input}/* > {output}"
+"""
+
+
+@pytest.mark.slow
+def test_a_temporary_output_is_made_within_the_stage_that_reads_it(tmp_path):
+    code = {}
+    for digest in ("'first'", "'second'"):
+        (tmp_path / "Snakefile").write_text(TEMPORARY.replace("ENVIRONMENT", digest), encoding="utf-8")
+        script = "import json; from rcm.cli.stages import texts; print(json.dumps(texts(['tiny'])))"
+        run = call(sys.executable, "-c", script, folder=tmp_path)
+        assert run.returncode == 0, run.stderr
+        pipeline, _, code[digest] = json.loads(run.stdout)
+        found = yaml.load(pipeline, yaml.CSafeLoader)["stages"]
+        assert {*found} == {"configure", "part-a", "part-b", "look-a", "look-b"}
+        assert found["look-a"]["deps"] == ["parts/a"]
+        assert found["look-a"]["params"] == [{"data/code.json": ["tiny.look", "tiny.arrange"]}]
+    first, second = (json.loads(text)["tiny"] for text in code.values())
+    assert {rule for rule in first if first[rule] != second[rule]} == {"look"}  # a digest of an environment file
+
+    (tmp_path / "workflow/profiles").mkdir(parents=True)
+    shutil.copytree(ROOT / "workflow/profiles/local", tmp_path / "workflow/profiles/local")
+    for name in ("part-a", "look-a"):
+        words = shlex.split(found[name]["cmd"].replace("workflow/scripts/stage.sh", str(STAGE)))
+        run = call(*words, folder=tmp_path, VIRTUAL_ENV=str(BIN.parent))
+        assert run.returncode == 0, run.stderr
+    assert (tmp_path / "made/a.txt").read_text() == "1-of-2\n2-of-2\n"
+    assert not (tmp_path / "brief/a").exists()
+
+
+@pytest.mark.slow
+def test_no_output_of_a_stage_is_deleted_after_use(large):
+    """Of an official evaluator, which has its samples laid out anew."""
+    rules = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "workflow/rules").glob("*.smk"))
+    patterns = re.findall(r'temp\((?:directory\()?"<(\w+)>/([^"]+)"', rules)
+    assert patterns
+    regex = "|".join(f"{top}/[^/]+/{re.sub('{[^}]*}', '[^/]+', path)}" for top, path in patterns)
+    pipeline, _, _ = large
+    assert not [path for stage in pipeline.values() for path in outputs(stage) if re.fullmatch(regex, path)]
+    looks = [stage for name, stage in pipeline.items() if "_official-" in name]
+    assert looks and all(",arrange_official" in stage["cmd"] for stage in looks)
+    assert all(any("/samples/" in dep for dep in stage["deps"]) for stage in looks)
 
 
 @pytest.mark.slow
@@ -126,8 +213,8 @@ def test_the_graph_of_rules_is_that_of_snakemake(committed):
 
 
 @pytest.mark.slow
-def test_thousands_of_shards_are_one_short_stage():
-    pipeline, params, code = written("wan2.1-14b")
+def test_thousands_of_shards_are_one_short_stage(large):
+    pipeline, params, code = large
     made = pipeline["synthesize-clips-wan2_1-14b"]
     assert made["outs"] == ["data/wan2.1-14b/clips/shards"]
     assert made["cmd"].endswith("synthesize 'data/wan2.1-14b/clips/shards/{1..4000}-of-4000.tar'")
@@ -171,6 +258,7 @@ def test_a_stage_of_dvc(tmp_path):
     (folder / "dvc.lock").unlink(missing_ok=True)
     call("git", "init", "-q", folder=folder)
     environment = {"PYTHONPATH": f"{folder / 'src'}:{folder / 'kernels'}", "VIRTUAL_ENV": str(BIN.parent)}
+    environment["PYTHONDONTWRITEBYTECODE"] = ""
 
     def dvc(*words: str) -> tuple[int, str]:
         run = call(BIN / "dvc", *words, folder=folder, **environment)
@@ -180,7 +268,8 @@ def test_a_stage_of_dvc(tmp_path):
     assert status == 0, said
     out = folder / "data/tiny/images/prompts/dev.jsonl"
     first = out.read_bytes()
-    assert "up to date" in dvc("status", "prompts-images-dev")[1]
+    assert "up to date" in dvc("status", "prompts-images-dev", "configure")[1]
+    assert [*(folder / "src/rcm").rglob("__pycache__")]  # which is no source
     idle = call(BIN / "snakemake", "-n", out.relative_to(folder), folder=folder, **environment)
     assert "Nothing to be done" in idle.stdout + idle.stderr
 
@@ -189,9 +278,22 @@ def test_a_stage_of_dvc(tmp_path):
     changed = re.sub(r"(  dev:.*\n(?:    .*\n)*?    seed: )\d+", r"\g<1>977", text)
     assert changed != text
     experiment.write_text(changed, encoding="utf-8")
+    status, said = dvc("repro", "--single-item", "--force", "prompts-images-dev")  # which leaves out `configure`
+    assert status != 0
+    assert [
+        line for line in said.splitlines() if "snakemake: error: " in line and "`dvc repro -f -s configure`" in line
+    ]
+    assert "Traceback" not in said
     status, said = dvc("repro", "prompts-images-dev")
     assert status == 0, said
     assert out.read_bytes() != first
+
+    rule = folder / "workflow/rules/data.smk"
+    text = rule.read_text(encoding="utf-8")
+    rule.write_text(text.replace("python -m rcm prompts", "python -W ignore -m rcm prompts"), encoding="utf-8")
+    status, said = dvc("repro", "--single-item", "--force", "prompts-images-dev")
+    assert status != 0 and "`dvc repro -f -s configure`" in said
+    rule.write_text(text, encoding="utf-8")
 
     params = folder / "params.json"
     params.write_text(params.read_text(encoding="utf-8").replace("977", "978"), encoding="utf-8")

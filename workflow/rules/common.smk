@@ -15,6 +15,7 @@ try:
     from rcm.cli.config import OF_A_MEDIUM, compose, files_here, options, read_schema, several, stored, validate
     from rcm.cli.evaluators import OFFICIAL, WEIGHTS, subject
     from rcm.cli.sources import stage_code
+    from rcm.cli.stages import require_held
     from rcm.report.legends import LEGENDS
     from rcm.tree import config_dir
 except ImportError as error:

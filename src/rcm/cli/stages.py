@@ -1,7 +1,8 @@
 """dvc.yaml, params.json and data/code.json, made from Snakemake's jobs, so that both tools know one workflow.
 
 A DVC stage is a rule with one combination of its wildcards, except that the parts of a scattered rule are one stage,
-whose output is the folder that holds them. params.json holds the values in the params `cfg` of the rules, by scale and
+whose output is the folder that holds them, and that what Snakemake deletes after use, a temporary output, is made
+within the stage that reads it. params.json holds the values in the params `cfg` of the rules, by scale and
 medium; data/code.json what the params `code` and the commands of the rules are. The jobs come from Snakemake's Python
 interface: what a dry run prints has no params.
 """
@@ -13,7 +14,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,6 @@ from rcm.tree import options
 
 PLAIN = "tiny"  # the scale whose stages have no suffix
 TARGETS = ("all",)  # so that what a plain run of Snakemake has made is all that DVC asks for
-UNRECORDED = ("known_photographs", "geneval_official", "vbench_official")  # rules whose outputs have no .prov.json
 PICKED = {"objective": "method", "seed": "seed"}  # sections that differ with a wildcard
 SOURCES = ("config", "constraints.txt", "kernels/flash_jvp", "Snakefile", "src/rcm", "workflow")
 PIPELINE, PARAMS, CODE = Path("dvc.yaml"), Path("params.json"), Path("data/code.json")
@@ -45,6 +45,9 @@ class Stage:
     folders: bool  # whether its outputs are folders
     params: Mapping[str, Any]
     command: str
+    fixed: str  # params that are the same for all jobs of the rule, as they stand there
+    temporary: bool  # whether Snakemake deletes its output after use
+    within: list["Stage"] = field(default_factory=list)  # those that make its temporary inputs
 
     @property
     def name(self) -> str:
@@ -53,12 +56,17 @@ class Stage:
         return re.sub(r"[^\w-]", "_", "-".join(words))
 
     @property
+    def rules(self) -> list[str]:
+        """Its rule and those of `within`."""
+        return [self.rule, *dict.fromkeys(stage.rule for stage in self.within)]
+
+    @property
     def kept(self) -> list[str]:
         """What DVC keeps: the folder of a scattered rule, or each output and its record."""
         if self.items:
             return [str(Path(self.outputs[0]).parent)]
         beside = [".prov.json", *([".download.json"] if self.rule.startswith("download_") else [])]
-        return [o + end for o in self.outputs for end in ("", *(beside if self.rule not in UNRECORDED else []))]
+        return [o + end for o in self.outputs for end in ("", *beside)]
 
     @property
     def seen(self) -> dict[str, str]:
@@ -83,10 +91,11 @@ class Stage:
 
 def stages(arguments: argparse.Namespace) -> None:
     """Write the three files; with --check or --values compare them, with --values write what is no structure."""
-    scales = arguments.scales or known_scales()
-    for scale in scales:
-        if scale not in (every := all_scales()):
+    every = all_scales()
+    for scale in arguments.scales:
+        if scale not in every:
             raise UserError(f"there is no scale {scale!r}; allowed: {', '.join(every)}")
+    scales = [scale for scale in every if scale in arguments.scales] or known_scales()
     pipeline, params, code = texts(scales)
     if arguments.check or arguments.values:
         require_current(PIPELINE, pipeline)
@@ -106,12 +115,11 @@ def all_scales() -> list[str]:
 
 
 def known_scales() -> list[str]:
-    """The scales in params.json, else tiny."""
-    try:
-        held = json.loads(PARAMS.read_text(encoding="utf-8"))
-        return [scale for scale in all_scales() if key(scale) in held]
-    except (FileNotFoundError, ValueError):
+    """The scales in params.json; tiny where there is none."""
+    if not PARAMS.exists():
         return [PLAIN]
+    held = read_json(PARAMS)
+    return [scale for scale in all_scales() if key(scale) in held]
 
 
 def require_current(path: Path, wanted: str) -> None:
@@ -125,6 +133,33 @@ def require_untouched() -> None:
     held = read_json(PARAMS)
     if held.pop("sha256", None) != sha256_json(held):
         raise UserError("params.json was edited by hand, but the stages read config/: edit there and run `rcm stages`")
+
+
+def require_held(scale: str, found: Iterable[Any]) -> None:
+    """Refuse jobs of Snakemake with values, code or commands other than DVC takes them for, which dvc.lock would name.
+
+    So it is where DVC was told to leave out `configure`: `dvc repro --single-item` after an edit.
+    """
+    params, code = (read_json(path).get(key(scale), {}) for path in (PARAMS, CODE))
+    for stage in _grouped(scale, found):
+        if _digest(stage) != code.get(stage.rule) or not all(
+            _holds(params, [media, *place], value) for media, place, value in read(stage)
+        ):
+            raise UserError(
+                f"{PARAMS} and {CODE} do not hold what {stage.name} would be made with now: `dvc repro -f -s configure`"
+                ", then again"
+            )
+
+
+def _holds(node: Any, place: list[str], value: Any) -> bool:
+    """Whether a tree has a value at a place, perhaps with more keys beside it."""
+    for name in place:
+        if not isinstance(node, dict) or name not in node:
+            return False
+        node = node[name]
+    if isinstance(value, dict) and value:
+        return all(_holds(node, [name], inner) for name, inner in value.items())
+    return bool(node == value)
 
 
 def stages_of(scales: Sequence[str]) -> dict[str, Stage]:
@@ -150,10 +185,10 @@ def texts(scales: Sequence[str]) -> tuple[str, str, str]:
         found = jobs(scale)
         values: dict[str, Any] = {}
         for stage in found:
-            for media, place, value in read(stage):
+            for media, place, value in _all_read(stage):
                 _put(values, [media, *place], value)
         kept = {output: dep for stage in found for output, dep in stage.seen.items()}
-        digests = {stage.rule: digest for stage in found if (digest := _digest(stage))}
+        digests = {each.rule: _digest(each) for stage in found for each in [stage, *stage.within]}
         for stage in found:
             pipeline[stage.name] = entry(stage, kept, values)
             metrics += [o for o in stage.outputs if "/metrics/" in o]
@@ -170,13 +205,13 @@ def texts(scales: Sequence[str]) -> tuple[str, str, str]:
 
 def entry(stage: Stage, kept: Mapping[str, str], values: Mapping[str, Any]) -> dict[str, Any]:
     """A stage of dvc.yaml; `kept` says what stands for an output, `values` is what params.json has of the scale."""
-    scale = stage.scale
+    name, rules = key(stage.scale), ",".join(stage.rules)
     targets = " ".join(f"'{target}'" for target in stage.targets)
-    named = [".".join([key(scale), *place]) for place in places(stage, values)]
+    named = [*dict.fromkeys(".".join([name, *place]) for place in places(stage, values))]
     made: dict[str, Any] = {
-        "cmd": f"bash workflow/scripts/stage.sh {scale} {stage.rule} {targets}",
+        "cmd": f"bash workflow/scripts/stage.sh {stage.scale} {rules} {targets}",
         "deps": sorted({kept.get(path, path) for path in stage.inputs}),
-        "params": [*([{str(PARAMS): named}] if named else []), {str(CODE): [f"{key(scale)}.{stage.rule}"]}],
+        "params": [*([{str(PARAMS): named}] if named else []), {str(CODE): [f"{name}.{rule}" for rule in stage.rules]}],
         "outs": stage.kept,
     }
     return {name: value for name, value in made.items() if value}
@@ -196,9 +231,13 @@ def read(stage: Stage) -> Iterable[tuple[str, list[str], Any]]:
             yield media, [*map(key, [*section.split("."), *([picked] if picked else [])])], value
 
 
+def _all_read(stage: Stage) -> Iterable[tuple[str, list[str], Any]]:
+    return (found for each in [stage, *stage.within] for found in read(each))
+
+
 def places(stage: Stage, values: Mapping[str, Any]) -> Iterable[list[str]]:
     """Where the values of a stage are: a section, or the keys of it where others read more of it."""
-    for media, place, value in read(stage):
+    for media, place, value in _all_read(stage):
         node = values[media]
         for name in place:
             node = node[name]
@@ -224,8 +263,8 @@ def key(name: str) -> str:
 
 
 def _digest(stage: Stage) -> str:
-    """What a rule's code and command are, as Snakemake compares them."""
-    command = hashlib.sha256(stage.command.encode()).hexdigest()
+    """What a rule's code, command and fixed params are, as Snakemake compares them."""
+    command = hashlib.sha256(f"{stage.command}{stage.fixed}".encode()).hexdigest()
     return " ".join(filter(None, [stage.params.get("code"), f"command {command[:12]}"]))
 
 
@@ -236,7 +275,10 @@ def _json(value: Any) -> str:
 @cache
 def jobs(scale: str) -> list[Stage]:
     """The stages of a scale, ordered by rules and wildcards; UserError where the workflow refuses."""
+    if not Path("Snakefile").is_file():
+        raise UserError(f"there is no Snakefile in {Path.cwd()}: call this in the root of the project")
     from snakemake.api import SnakemakeApi
+    from snakemake.exceptions import RuleException, WorkflowError
     from snakemake.settings.types import ConfigSettings, DAGSettings, OutputSettings, Quietness, ResourceSettings
 
     printed = io.StringIO()
@@ -254,23 +296,44 @@ def jobs(scale: str) -> list[Stage]:
             of_scale.dag(DAGSettings(targets={*TARGETS}, forceall=True)).printrulegraph()
             workflow = of_scale._workflow
             order = [rule.name for rule in workflow.rules]
-            found = _grouped(scale, (job for job in workflow.dag.jobs if job.output))
+            found = _grouped(scale, workflow.dag.jobs)
     except SystemExit as refusal:
         raise UserError(str(refusal.code).removeprefix("snakemake: error: ")) from None
+    except (WorkflowError, RuleException, SyntaxError) as refusal:
+        said = " ".join(f"{refusal}".split()) or type(refusal).__name__
+        raise UserError(f"Snakemake refuses the workflow at the scale {scale}, {said}: see `snakemake -n`") from None
+    found = _folded(found)
     return sorted(found, key=lambda stage: (order.index(stage.rule), [*stage.wildcards.values()]))
+
+
+def _folded(found: list[Stage]) -> list[Stage]:
+    """Stages without those of temporary outputs, which become part of the stages that read them."""
+    brief = {path: stage for stage in found if stage.temporary for path in stage.outputs}
+    for stage in found:
+        stage.within = [brief[path] for path in stage.inputs if path in brief]
+        inputs = [[*brief[path].inputs] if path in brief else [path] for path in stage.inputs]
+        stage.inputs = dict.fromkeys(path for each in inputs for path in each)
+    return [stage for stage in found if not stage.temporary]
 
 
 def _grouped(scale: str, found: Iterable[Any]) -> list[Stage]:
     """Jobs of Snakemake as stages."""
     groups: dict[tuple[str, ...], Stage] = {}
-    for job in sorted(found, key=lambda job: str(job.output[0])):
+    for job in sorted((job for job in found if job.output), key=lambda job: str(job.output[0])):
         wildcards = dict(job.wildcards_dict)
         item = wildcards.pop("scatteritem", None)
         name = (job.rule.name, *wildcards.values())
         if name not in groups:
             params = {name: job.params.get(name) for name in ("cfg", "code", "overrides")}
-            folders, command = job.output[0].is_directory, job.rule.shellcmd or ""
-            groups[name] = Stage(scale, job.rule.name, wildcards, {}, [], [], folders, params, command)
+            fixed = {name: value for name, value in job.rule.params.items() if not callable(value)}
+            groups[name] = Stage(
+                *(scale, job.rule.name, wildcards, {}, [], []),
+                folders=job.output[0].is_directory,
+                params=params,
+                command=job.rule.shellcmd or "",
+                fixed=json.dumps(fixed, sort_keys=True, default=str),
+                temporary=bool(job.output[0].flags.get("temp")),
+            )
         groups[name].inputs |= dict.fromkeys(map(str, job.input))
         groups[name].outputs += map(str, job.output)
         groups[name].items += [item] if item else []
