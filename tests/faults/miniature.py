@@ -22,17 +22,10 @@ from rcm.cli.pictures import encode
 ROOT = Path(__file__).parents[2]
 LIGHT = ("rcm.cli.data", "rcm.data.prompts", "rcm.data.text_prompts", "rcm.data.prompt_files")
 HEAVY = (
-    *("torch", "torch._dynamo", "triton", "flash_jvp", "encodings.cp437", "encodings.utf_8_sig"),
+    *("torch", "torch._dynamo", "torch._decomp.decompositions_for_jvp", "triton", "flash_jvp", "rapidocr.main"),
+    *("encodings.cp437", "encodings.utf_8_sig"),
     *("PIL.BmpImagePlugin", "PIL.GifImagePlugin", "PIL.JpegImagePlugin", "PIL.PpmImagePlugin"),
-    *(
-        "onnxruntime",
-        "rapidocr",
-        "rcm.cli.train",
-        "rcm.cli.data",
-        "rcm.cli.sample",
-        "rcm.cli.score",
-        "rcm.cli.throughput",
-    ),
+    *("rcm.cli.train", "rcm.cli.data", "rcm.cli.sample", "rcm.cli.score", "rcm.cli.throughput"),
     *("rcm.cli.precision", "rcm.cli.measure", "rcm.cli.arrange", "rcm.cli.embed", "rcm.cli.checkpoints"),
     *("rcm.report.page", "rcm.report.figures", "rcm.report.tables", "rcm.training.distill", "rcm.checkpoints"),
     *("rcm.data.text_prompts", "rcm.data.unfinished", "rcm.training.pretrain", "rcm.evaluation.small_text"),
@@ -95,7 +88,7 @@ STAGES: dict[str, Stage] = {
             *("synthesize", *SMALL, "inference.batch=2", "--teacher", "{convert}/teacher"),
             *("--prompts", "{prompts}/report.jsonl", "--shard", "1-of-1", "--out", "1-of-1.tar"),
         ],
-        ["1-of-1.tar"],
+        ["1-of-1.tar", "1-of-1.tar.json"],
         ["convert", "prompts"],
     ),
     "distill": Stage(
@@ -105,7 +98,7 @@ STAGES: dict[str, Stage] = {
             *("--codec", "{pretrain}/codec.pth", "--resume", "resume", "--out", "dcp", "--raw", "raw"),
             *("--metrics", "metrics.jsonl", "--previews", "previews"),
         ],
-        ["dcp", "raw", "previews"],
+        ["dcp", "raw", "metrics.jsonl", "previews"],
         ["convert", "synthesize", "pretrain"],
     ),
     "export": Stage(
@@ -289,12 +282,12 @@ class Victim:
             lay_older(folder, STAGES[name].outputs, like)
         self.old = made(folder)
 
-    def killed(self, **options: Any) -> bool:
-        """Whether a run could be killed so; it may have ended before."""
+    def killed(self, **options: Any) -> float | None:
+        """Kill a run; its seconds where it ended before."""
         told = self.server.run(self.name, self.folder, **options)
         assert told["status"] in (0, -signal.SIGKILL), told["said"]
         self.check(self.new if told["status"] == 0 else None)
-        return told["status"] != 0
+        return float(told["seconds"]) if told["status"] == 0 else None
 
     def check(self, expected: Mapping[str, str] | None) -> None:
         """Nothing that looks finished and is not, nothing lost, nothing that claims something else."""

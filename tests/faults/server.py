@@ -4,7 +4,10 @@ python -m tests.faults.server ADDRESS MODULE ...   One client a connection, one 
 """
 
 import contextlib
+import copy
+import functools
 import importlib
+import itertools
 import os
 import select
 import signal
@@ -20,10 +23,11 @@ def serve(address, modules):
     for module in modules:
         importlib.import_module(module)
     from rcm.artefact import code_digest
-    from rcm.cli.config import compose
+    from rcm.cli import config
     from rcm.cli.sources import code_digest as digest_of_stage
 
-    compose([])
+    composed = functools.cache(lambda overrides, plain=config._composed: plain(list(overrides)))
+    config._composed = lambda overrides: copy.deepcopy(composed(tuple(overrides)))
     code_digest()
     for stage in ("synthesize", "distill", "export") if "torch" in sys.modules else ():
         digest_of_stage(stage)
@@ -38,9 +42,15 @@ def serve(address, modules):
 
 
 def answer(client: Connection):
+    from rcm.artefact import UserError
+    from rcm.cli.config import compose
+
     with contextlib.suppress(EOFError):
         while True:
-            client.send(ordered(**client.recv()))
+            order = client.recv()
+            with contextlib.suppress(UserError):  # which the stage will say
+                compose(itertools.takewhile(lambda word: not word.startswith("--"), order["words"][1:]))
+            client.send(ordered(**order))
 
 
 def ordered(words, folder, after=None, before=None, number=signal.SIGKILL, environment=(), patience=120.0):
@@ -62,14 +72,15 @@ def ordered(words, folder, after=None, before=None, number=signal.SIGKILL, envir
             os.kill(child, signal.SIGKILL)
     now = time.monotonic()
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    changes = len(os.read(seen, 2**16))
+    said = os.read(seen, 2**16).decode().split("|")
+    signalled = float("".join(said)) if any(said) else signalled
     os.close(ended)
     os.close(seen)
     return {
         "status": status,
         "seconds": now - started,
         "since": None if signalled is None else now - signalled,
-        "changes": changes,
+        "changes": len(said) - 1,
     }
 
 
@@ -94,8 +105,9 @@ def stage(words, folder, before, number, told):
             place = Path(f"/proc/self/fd/{of_folder}").readlink() if of_folder and of_folder > 0 else Path.cwd()
             if str(place / os.fsdecode(arguments[0])).startswith(home):
                 count += 1
-                os.write(told, b".")
+                os.write(told, b"|")
                 if count == before:
+                    os.write(told, str(time.monotonic()).encode())
                     if event == "open" and number == signal.SIGKILL:  # die behind it, with the file empty
                         os.open(arguments[0], arguments[2], 0o644)
                     os.kill(os.getpid(), number)
