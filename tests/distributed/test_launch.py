@@ -19,7 +19,8 @@ from tests.training.test_distill import configuration
 from rcm.checkpoints import load_dcp
 from rcm.cli import main
 from rcm.cli.ranks import PATIENCE, speaker
-from rcm.launch import _children, _forward, first_cause
+from rcm.launch import _address, _children, _forward, first_cause
+from rcm.launch import main as launcher
 from rcm.parallel import parallelize, start
 from rcm.training.distill import distill
 from rcm.training.signals import EXIT_INTERRUPTED
@@ -174,6 +175,19 @@ def test_the_first_cause_is_not_its_consequence(capsys):
     for others in (-signal.SIGTERM, 128 + signal.SIGTERM):  # torchrun's, in the same whole second
         table = {0: SimpleNamespace(exitcode=others, timestamp=7), 1: SimpleNamespace(exitcode=75, timestamp=7)}
         assert first_cause(table).status == EXIT_INTERRUPTED
+
+
+def test_a_place_without_scontrol(monkeypatch, capsys):
+    def refused(*_, **__):
+        raise FileNotFoundError("scontrol")
+
+    monkeypatch.setattr("rcm.launch.subprocess.run", refused)
+    lists = {"n1": "n1", "n[3-5,7],m1": "n3", "gpu-a[009,011]-ib": "gpu-a009-ib", "a.b.c,n[1-2]": "a.b.c"}
+    assert {nodes: _address(nodes) for nodes in lists} == lists
+    for name, value in {"STEP_NUM_NODES": "2", "STEP_NODELIST": "", "JOB_ID": "1", "STEP_ID": "0"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert launcher(["-m", "rcm"]) == 2
+    assert "SLURM_STEP_NODELIST is ''" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

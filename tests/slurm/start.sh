@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # A Slurm of two emulated nodes, FOLDER/ready once it answers; it ends with this process, the first of a PID namespace.
-# Its configuration hides that of the machine in a mount namespace: a Slurm that runs already is not disturbed.
-#   unshare --mount --pid --fork --kill-child --mount-proc bash start.sh FOLDER PORT
+# Its configuration and ports are in namespaces: a Slurm that the machine has already is not disturbed.
+#   unshare --mount --net --pid --fork --kill-child --mount-proc bash start.sh FOLDER
 set -euo pipefail
-folder=$1 port=$2 host=$(hostname -s)
+folder=$1 port=6817 host=$(hostname -s)
+ip link set lo up
+ip address add 192.0.2.1/32 dev lo # resolvers look for names only where there is more than loopback
 mkdir -p /etc/slurm "$folder"/{state,log}
 mount -t tmpfs none /etc/slurm
 chmod 755 "$folder"
@@ -36,6 +38,7 @@ SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2
 ReturnToService=2
 SlurmdTimeout=6
 KillWait=20
+KillOnBadExit=1
 GresTypes=gpu
 NodeName=n1 NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + 1)) CPUs=8 RealMemory=16000 Gres=gpu:2
 NodeName=n2 NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + 2)) CPUs=8 RealMemory=16000 Gres=gpu:2
