@@ -1,5 +1,6 @@
 """dvc.yaml and params.json against the workflow, and a stage of DVC run for real."""
 
+import argparse
 import json
 import os
 import re
@@ -129,6 +130,22 @@ def test_a_damaged_params_file_forgets_no_scale(tmp_path, monkeypatch):
         stages.known_scales()
 
 
+def test_scales_are_taken_in_one_order_and_each_once(tmp_path, monkeypatch):
+    """So that what is written for scales that are named is what is found by their keys in params.json."""
+    asked: list[list[str]] = []
+
+    def texts(scales: list[str]) -> tuple[str, str, str]:
+        asked.append(scales)
+        return "", json.dumps({stages.key(scale): {} for scale in scales}), ""
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(stages, "texts", texts)
+    (tmp_path / "data").mkdir()
+    for named in (["tiny", "cosmos-predict2-2b", "tiny"], []):
+        stages.stages(argparse.Namespace(scales=named, check=False, values=False))
+    assert asked == [["cosmos-predict2-2b", "tiny"]] * 2
+
+
 def test_outside_the_project_is_said(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"there is no Snakefile in .*: call this in the root"):
@@ -179,6 +196,14 @@ def test_a_temporary_output_is_made_within_the_stage_that_reads_it(tmp_path):
         assert run.returncode == 0, run.stderr
     assert (tmp_path / "made/a.txt").read_text() == "1-of-2\n2-of-2\n"
     assert not (tmp_path / "brief/a").exists()
+
+
+@pytest.mark.slow
+def test_what_snakemake_refuses_is_said_in_a_sentence(tmp_path):
+    (tmp_path / "Snakefile").write_text("rule all:\n    input: 'nobody/makes/this'\n", encoding="utf-8")
+    run = call(sys.executable, "-m", "rcm", "stages", folder=tmp_path)
+    assert (run.returncode, run.stderr.count("\n")) == (2, 1), run.stderr
+    assert "Snakemake refuses the workflow at the scale tiny, " in run.stderr and "nobody/makes/this" in run.stderr
 
 
 @pytest.mark.slow

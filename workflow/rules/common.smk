@@ -15,7 +15,7 @@ try:
     from rcm.cli.config import OF_A_MEDIUM, compose, files_here, options, read_schema, several, stored, validate
     from rcm.cli.evaluators import OFFICIAL, WEIGHTS, subject
     from rcm.cli.sources import stage_code
-    from rcm.cli.stages import require_held
+    from rcm.cli.stages import SAMPLE, require_held
     from rcm.report.legends import LEGENDS
     from rcm.tree import config_dir
 except ImportError as error:
@@ -201,7 +201,6 @@ def composed(wildcards):
 
 
 # The sections of the configuration that decide what a stage makes; it is made again when a value in them changes.
-SAMPLE = ("frames", "height", "width", "codec", "text")
 DRAWN = ("inference.device", "inference.precision", "inference.batch")
 READS = {
     "prompts": ("media", "prompts", "suites.{suite}"),

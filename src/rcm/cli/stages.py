@@ -26,6 +26,8 @@ from rcm.tree import options
 
 PLAIN = "tiny"  # the scale whose stages have no suffix
 TARGETS = ("all",)  # so that what a plain run of Snakemake has made is all that DVC asks for
+SAMPLE = ("frames", "height", "width", "codec", "text")  # sections that say what a sample is
+TOGETHER = ("sample", "inference")  # what a stage that reads all of it names as a whole: DVC takes time for each name
 PICKED = {"objective": "method", "seed": "seed"}  # sections that differ with a wildcard
 SOURCES = ("config", "constraints.txt", "kernels/flash_jvp", "Snakefile", "src/rcm", "workflow")
 PIPELINE, PARAMS, CODE = Path("dvc.yaml"), Path("params.json"), Path("data/code.json")
@@ -228,21 +230,29 @@ def read(stage: Stage) -> Iterable[tuple[str, list[str], Any]]:
                 yield value["media"], [stage.rule], sha256_json(value)
                 continue
             picked = stage.wildcards.get(PICKED.get(section, ""))
-            yield media, [*map(key, [*section.split("."), *([picked] if picked else [])])], value
+            above = ["sample"] if section in SAMPLE else []
+            yield media, [*above, *map(key, [*section.split("."), *([picked] if picked else [])])], value
 
 
 def _all_read(stage: Stage) -> Iterable[tuple[str, list[str], Any]]:
     return (found for each in [stage, *stage.within] for found in read(each))
 
 
-def places(stage: Stage, values: Mapping[str, Any]) -> Iterable[list[str]]:
+def places(stage: Stage, values: Mapping[str, Any]) -> list[list[str]]:
     """Where the values of a stage are: a section, or the keys of it where others read more of it."""
+    found: list[list[str]] = []
     for media, place, value in _all_read(stage):
         node = values[media]
         for name in place:
             node = node[name]
         whole = node == value or not isinstance(value, dict)
-        yield from [[media, *place]] if whole else ([media, *place, name] for name in value)
+        found += [[media, *place]] if whole else [[media, *place, name] for name in value]
+    for media, name in {(place[0], place[1]) for place in found if place[1] in TOGETHER}:
+        inner = [place for place in found if place[:2] == [media, name]]
+        if len(inner) > 1 and {place[-1] for place in inner} == {*values[media][name]}:
+            found = [place for place in found if place not in inner[1:]]
+            found[found.index(inner[0])] = [media, name]
+    return found
 
 
 def _put(node: dict[str, Any], place: list[str], value: Any) -> None:
