@@ -243,7 +243,7 @@ def _identity(path: Path) -> str:
         return state_sha256(load_dcp(path))
     if path.name.endswith(".run.json"):
         return f"of {read_json(path)['artefact']}"
-    if path.name.endswith("metrics.jsonl"):
+    if path.name == "metrics.jsonl" and path.read_text() != "older":
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         return json.dumps([{key: value for key, value in row.items() if key != "wall"} for row in rows])
     content = read_json(path) if path.name.startswith("teacher-2.json") and path.read_text() != "older" else {}
