@@ -92,7 +92,7 @@ def test_no_output_lies_in_one_of_another_stage(committed):
 
 def test_params_edited_by_hand_are_refused(tmp_path, monkeypatch, committed):
     monkeypatch.chdir(tmp_path)
-    _, params = committed
+    params = json.loads(json.dumps(committed[1]))
     Path("params.json").write_text(json.dumps(params), encoding="utf-8")
     stages.require_untouched()
     params["tiny"]["images"]["objective"]["rcm"]["dmd_weight"] = 0.6
