@@ -104,6 +104,20 @@ def test_the_slurm_job_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert stage(tmp_path)["slurm_job_id"] == "4711"
 
 
+def test_a_new_module_is_a_change_of_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = tmp_path / "src/rcm/usage.py"
+    write_text(module, "")
+    write_text(tmp_path / ".gitignore", "/data/*\n")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=A", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "x"]):
+        subprocess.run([*git, *words], check=True)
+    monkeypatch.setattr(usage, "__file__", str(module))
+    for path, dirty in (("notes.txt", False), ("data/x", False), ("src/rcm/new.py", True)):
+        write_text(tmp_path / path, "x")
+        found = usage.git_version()
+        assert found and found["dirty"] == dirty, path
+
+
 def test_what_a_step_took_is_no_identity_of_metrics(tmp_path: Path) -> None:
     one, two = tmp_path / "1" / "metrics.jsonl", tmp_path / "2" / "metrics.jsonl"
     for path, seconds, loss in ((one, 1.0, 0.5), (two, 2.0, 0.5)):
@@ -122,5 +136,6 @@ def test_a_damaged_run_record_says_nothing(tmp_path: Path, change: str | dict[st
     good = stage(tmp_path)
     path = tmp_path / "x.run.json"
     assert read_run(path) == good and read_run(tmp_path / "y.run.json") is None
+    assert read_run(path, good["sha256"]) == good and read_run(path, "0" * 64) is None  # of an artefact that was here
     path.write_text(change if isinstance(change, str) else json.dumps({**good, **change}))
     assert read_run(path) is None

@@ -389,12 +389,16 @@ def read_record(path: Path | str) -> dict[str, Any]:
     return said
 
 
-def read_run(path: Path | str) -> dict[str, Any] | None:
-    """A `.run.json`; None where there is none, as after `dvc pull`, or where it is damaged: nothing rests on it."""
+def read_run(path: Path | str, sha256: str | None = None) -> dict[str, Any] | None:
+    """A `.run.json`; None where there is none, as after `dvc pull`, or where it is damaged: nothing rests on it.
+
+    With `sha256`, that of the artefact, also None where it tells of another: what was pulled may lie beside the record
+    of what was made here before.
+    """
     with suppress(UserError):
         said = read_json(path) if Path(path).is_file() else None
         number = float | int
-        needed: dict[str, Any] = {"artefact": str, "stage": str, "started": str, "wall_seconds": number}
+        needed: dict[str, Any] = {"artefact": str, "sha256": str, "stage": str, "started": str, "wall_seconds": number}
         needed |= {"peak_mib": number, "host": dict, "versions": dict, "git": dict | None, "facts": dict}
         newer: dict[str, Any] = {"gpu_hours": number, "core_hours": number, "attempts": int}
         if (
@@ -402,6 +406,7 @@ def read_run(path: Path | str) -> dict[str, Any] | None:
             and all(isinstance(said.get(key), kind) for key, kind in needed.items())
             and all(isinstance(said.get(key, 0), kind) for key, kind in newer.items())
             and (said["git"] is None or isinstance(said["git"].get("commit"), str))
+            and sha256 in (None, said["sha256"])
         ):
             return said
     return None
@@ -470,4 +475,4 @@ def recording(
     for path in map(Path, outputs):
         identity = {"artefact": _relative(path), "sha256": content_sha256(path)}
         write_json(beside(path, ".prov.json"), identity | provenance)
-        write_json(beside(path, ".run.json"), {"artefact": _relative(path)} | run)
+        write_json(beside(path, ".run.json"), identity | run)

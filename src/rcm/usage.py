@@ -163,7 +163,10 @@ def command() -> str:
 
 
 def git_version() -> dict[str, Any] | None:
-    """Commit of the working copy this library runs from and whether it has changes; None outside of git."""
+    """Commit of the working copy this library runs from and whether it has changes; None outside of git.
+
+    A file that git does not know is a change where it may be code: in the library and beside the workflow's rules.
+    """
 
     def git(*arguments: str) -> str:
         call = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent), *arguments]
@@ -172,7 +175,11 @@ def git_version() -> dict[str, Any] | None:
     try:
         # not some other repository around a virtual environment
         git("ls-files", "--error-unmatch", Path(__file__).name)
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+        status = "status", "--porcelain"
+        changed = git(*status, "--untracked-files=no") or git(
+            *status, "--untracked-files=normal", "--", ":/src", ":/workflow"
+        )
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changed)}
     except (OSError, subprocess.SubprocessError):
         return None
 

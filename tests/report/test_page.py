@@ -72,8 +72,9 @@ def record(root: Path, path: str, stage: str, *inputs: str, seconds: float = 3.0
     said |= {"config": {}, "config_sha256": sha256_json({})}
     said |= {"inputs": [{"path": name, "sha256": sha(name)} for name in inputs]}
     target.with_name(target.name + ".prov.json").write_text(json.dumps(said))
-    run = {"artefact": path, "stage": stage, "started": "2025-01-01T00:00:00+00:00", "wall_seconds": seconds}
+    run = {"artefact": path, "sha256": sha(path), "stage": stage, "started": "2025-01-01T00:00:00+00:00"}
     run |= {
+        "wall_seconds": seconds,
         "facts": facts or {},
         "peak_mib": 812.0,
         "host": {"system": "Linux", "cpu": "a processor", "cores": 2},

@@ -130,7 +130,7 @@ class _Follow:
             path,
             sha256,
             record,
-            read_run(beside(place, ".run.json")),
+            read_run(beside(place, ".run.json"), sha256),
             _source(beside(place, ".download.json")),
             fault,
             note,

@@ -46,7 +46,7 @@ def origins(
     lines: Mapping[str, Sequence[Record]], runs: Iterable[Record], scores: Sequence[Score]
 ) -> list[dict[str, Any]]:
     """A row for each model of the tables: its origins by hash, and what all behind it took, where that is known."""
-    by_artefact = {run["artefact"]: run for run in runs}
+    told = {(run["artefact"], run["sha256"]): run for run in runs}  # one of another content is of an older artefact
     rows = []
     for run, score in in_order(scores):
         name = f"{score['model']}-{score['steps']}"
@@ -57,7 +57,7 @@ def origins(
             continue
         line = lines[path]
         made = [record for record in line if record["stage"]]
-        ran = [by_artefact[record["artefact"]] for record in made if record["artefact"] in by_artefact]
+        ran = [told[key] for record in made if (key := (record["artefact"], record["sha256"])) in told]
         main = _first(line, "distill", "sample", "evaluate")
         rows.append(
             {
