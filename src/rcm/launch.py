@@ -198,7 +198,10 @@ class Others:
                     told = json.loads(self.store.get(f"ended {machine}"))
                     self.known[machine] = Cause(*told) if told else None
             except RuntimeError:
-                self.known.setdefault(0, Cause(1, time.time(), 0, 1))
+                if 0 not in self.known:
+                    told = f"rcm.launch: the launcher of the first machine, {self.place.address}, is gone"
+                    print(told, file=sys.stderr, flush=True)
+                    self.known[0] = Cause(1, time.time(), 0, 1)
                 break
         return self.known
 

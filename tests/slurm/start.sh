@@ -39,6 +39,7 @@ ReturnToService=2
 SlurmdTimeout=6
 KillWait=20
 KillOnBadExit=1
+JobRequeue=0
 GresTypes=gpu
 NodeName=n1 NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + 1)) CPUs=8 RealMemory=16000 Gres=gpu:2
 NodeName=n2 NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + 2)) CPUs=8 RealMemory=16000 Gres=gpu:2
