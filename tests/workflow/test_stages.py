@@ -118,6 +118,12 @@ def test_a_stage_takes_the_environment_and_the_profile_that_are_active(tmp_path)
     other = call("bash", STAGE, *arguments, folder=tmp_path, VIRTUAL_ENV=str(tmp_path), PATH="/usr/bin:/bin")
     assert other.returncode == 2
     assert other.stderr.splitlines() == ["stage.sh: error: there is no rcm: run `make setup`"]
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    for name in ("snakemake", "rcm"):
+        (tmp_path / ".venv/bin" / name).write_text("#!/bin/sh\necho own\n", encoding="utf-8")
+        (tmp_path / ".venv/bin" / name).chmod(0o755)
+    own = call("bash", STAGE, *arguments, folder=tmp_path, VIRTUAL_ENV=str(tmp_path), PATH="/usr/bin:/bin")
+    assert own.stdout == "own\n"
 
 
 def test_a_damaged_params_file_forgets_no_scale(tmp_path, monkeypatch):
