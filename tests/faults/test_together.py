@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 SLOW = """
 import sys, time
 from pathlib import Path
-import rcm.artefact
+import rcm.artefact, rcm.training.state
 from rcm.cli import main
 place, plain = Path(sys.argv[1]), rcm.artefact.sync
 def sync(path):
@@ -25,9 +25,7 @@ def sync(path):
         place.touch()
         while place.with_name("go").exists() is False: time.sleep(0.02)
     plain(path)
-rcm.artefact.sync = sync
-for module in ("rcm.data.unfinished", "rcm.training.state"):
-    __import__(module); sys.modules[module].sync = sync
+rcm.artefact.sync = rcm.training.state.sync = sync
 sys.exit(main(sys.argv[2:]))
 """  # which waits where its first output is about to be kept
 
@@ -70,6 +68,35 @@ def test_the_second_run_of_a_stage_says_so(
     alone, made = tmp_path / "alone", {"synthesize": "1-of-2.tar", "distill": "dcp"}[stage]
     assert main([word.replace("{out}", str(alone)) for word in words]) == 0
     assert content_sha256(tmp_path / "out" / made) == content_sha256(alone / made)
+
+
+WHOLE = {
+    "convert": "teacher", "export": "student.safetensors", "sample control": "samples", "evaluate": "rcm-0-1.json",
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", WHOLE)
+def test_two_runs_of_a_stage_without_a_state_harm_nothing(
+    stage: str,
+    tree: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """The first is about to keep its output when the second has done all of its work."""
+    from rcm.cli import main
+
+    first, reached = started(STAGES[stage], tmp_path / "out", tree, tmp_path / "reached"), tmp_path / "reached"
+    try:
+        until(reached, first)
+        for folder in ("out", "alone"):
+            assert main([word.replace("{out}", str(tmp_path / folder)) for word in STAGES[stage]]) == 0
+    finally:
+        (tmp_path / "go").touch()
+        error = first.communicate(timeout=120)[1]
+    assert first.returncode == 0, error
+    out, alone = (tmp_path / folder / WHOLE[stage] for folder in ("out", "alone"))
+    assert content_sha256(out) == content_sha256(alone) == read_json(beside(out, ".prov.json"))["sha256"]
+    assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
 
 
 @pytest.mark.slow
