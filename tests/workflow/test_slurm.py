@@ -30,6 +30,7 @@ if os.geteuid() != 0:
     LACKING = ["root"]
 elif not LACKING and subprocess.run([*NAMESPACES, "true"], capture_output=True).returncode:
     LACKING = ["the right to make namespaces"]
+pytestmark = pytest.mark.timeout(1200)  # a chain that is set up is the first test's
 needs_slurm = pytest.mark.skipif(bool(LACKING), reason=f"a Slurm for tests needs {', '.join(LACKING)}")
 
 
