@@ -169,8 +169,9 @@ def stages_of(scales: Sequence[str]) -> dict[str, Stage]:
     return {stage.name: stage for scale in scales for stage in jobs(scale)}
 
 
-def texts(scales: Sequence[str]) -> tuple[str, str, str]:
-    """The contents of dvc.yaml, params.json and data/code.json."""
+def texts(scales: Sequence[str], known: Mapping[str, Stage] | None = None) -> tuple[str, str, str]:
+    """The contents of dvc.yaml, params.json and data/code.json; `known` are the `stages_of` the scales."""
+    every = stages_of(scales) if known is None else known
     pipeline: dict[str, Any] = {
         "configure": {
             "desc": "compose config/ into params.json",
@@ -184,7 +185,7 @@ def texts(scales: Sequence[str]) -> tuple[str, str, str]:
     metrics: list[str] = []
     plots: list[str] = []
     for scale in scales:
-        found = jobs(scale)
+        found = [stage for stage in every.values() if stage.scale == scale]
         values: dict[str, Any] = {}
         for stage in found:
             for media, place, value in _all_read(stage):
