@@ -99,7 +99,7 @@ def verify(outputs: Iterable[Path]) -> dict[str, str]:
     for artefact in artefacts:
         if not artefact.exists():
             raise UserError(f"{artefact} is missing: run Snakemake, then record; or `dvc pull`, if it was recorded")
-        if artefact.with_suffix("") in artefacts:  # the index of a shard, which has no record of its own
+        if artefact.suffix and artefact.with_suffix("") in artefacts:  # the index of a shard, which has no record of its own
             continue
         if not (file := beside(artefact, ".prov.json")).is_file():
             raise UserError(f"{artefact} has no {file.name}: {_again(artefact)}")
@@ -316,9 +316,11 @@ def _snakemake(*words: str, scale: str, targets: list[str]) -> tuple[int, str]:
 
 
 def _last(said: str) -> str:
-    """What a command said last."""
+    """The error that a command ended with, or what else it said last."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
-    return " ".join(lines[-2:]).removeprefix("ERROR: ") or "it did not say why"
+    start = next((k for k, line in enumerate(lines) if line.startswith("ERROR:")), len(lines) - 2)
+    told = [line for line in lines[max(start, 0) :] if not line.startswith(("Is your cache", "<https://error.dvc.org"))]
+    return _some(told, " ").removeprefix("ERROR: ") or "it did not say why"
 
 
 def _dvc(*words: str) -> subprocess.CompletedProcess[str]:
@@ -337,14 +339,20 @@ def _pull(targets: list[str], code: str) -> None:
     """Fetch and check out; UserError that names what did not come. data/code.json is what this clone has."""
     pipeline.CODE.unlink(missing_ok=True)
     try:
-        done = _dvc("pull", "--quiet", *_with_deps(targets))
+        done = _dvc("pull", *_with_deps(targets))
     finally:
         write_text(pipeline.CODE, code)
     if done.returncode:
+        places = [line.split() for line in _dvc("remote", "list").stdout.splitlines() if line.endswith("(default)")]
+        where = "".join(f" from {place}" + " (no such folder)" * _is_no_folder(place) for _, place, *_ in places)
         raise UserError(
-            f"dvc pull did not bring everything: {_last(done.stdout)}; `dvc push` it from where it was recorded, then "
-            "sync again; what is here and not recorded, record or move away"
+            f"dvc pull did not bring everything{where}: {_last(done.stdout)}. `dvc push` it from where it was recorded, "
+            "then sync again; what is here and not recorded, record or move away"
         )
+
+
+def _is_no_folder(place: str) -> bool:
+    return "://" not in place and not Path(place).is_dir()
 
 
 def _some(names: list[str], between: str = ", ") -> str:
