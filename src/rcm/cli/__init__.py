@@ -57,6 +57,9 @@ def main(argv: list[str] | None = None) -> int:
         wait_for_the_end()
         print(f"rcm {name} (rank {rank()}): error: another rank is gone ({reason(fault)})", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # whoever reads has had enough: `rcm why ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except OSError as fault:
         if fault.strerror is None:
             raise

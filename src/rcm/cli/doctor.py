@@ -43,6 +43,7 @@ EXTRAS = {  # extra of pyproject.toml: distribution: what happens without it
     },
     "cluster": {
         "dvc": "results are not versioned, everything else works",
+        "ruamel.yaml.clib": "dvc reads its files more slowly",
         "snakemake-executor-plugin-slurm": "no jobs on a Slurm cluster",
     },
     "gpu": {

@@ -51,9 +51,11 @@ def _setting(text: str) -> tuple[str, Any]:
 def _status(command: list[str]) -> int:
     """Run a command to its end, and pass the signals on that come."""
     with subprocess.Popen(command) as process:
-        for number in SIGNALS:
-            signal.signal(number, lambda number, _: process.send_signal(number))
+        pass_on = lambda number, _: process.send_signal(number)  # noqa: E731
+        before = {number: signal.signal(number, pass_on) for number in SIGNALS}
         status = process.wait()
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return status if status >= 0 else 128 - status
 
 

@@ -33,6 +33,7 @@ NUMBERLESS = {
     *("wandb", "yaml", "safetensors"),  # curves; the configuration, which is compared itself; tensors, kept as they are
     *("triton", "flash_attn", "transformer_engine"),  # of GPUs, of which no published figure of the tiny world is
     *("transformers", "tokenizers", "ftfy", "imageio_ffmpeg"),  # texts, weights and films of real models
+    "ruamel",  # DVC's files
 }
 DISTRIBUTIONS = {"cv2": ("opencv-python-headless", "opencv-python"), "PIL": ("pillow",)}  # where named otherwise
 
