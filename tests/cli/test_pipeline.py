@@ -158,7 +158,9 @@ def test_distill_repeats_itself_after_an_interruption(
     with monkeypatch.context() as patch:
         save = lambda *options: os.kill(os.getpid(), signal.SIGTERM) or save_dcp(*options)  # noqa: E731
         patch.setattr("rcm.cli.train.save_dcp", save)
-        assert run(*arguments("broken")).count("interrupted before the first iteration: nothing is lost") == 1
+        said = run(*arguments("broken"))
+        assert said.count("interrupted before the first iteration: nothing is lost") == 1
+        assert "goes on after iteration" in said
     for made in ("dcp", "previews", "metrics.jsonl"):
         assert content_sha256(tmp_path / "whole" / made) == content_sha256(tmp_path / "broken" / made)
     runs = [tmp_path / name / "metrics.jsonl.run.json" for name in ("whole", "broken")]

@@ -7,6 +7,7 @@ one bit for bit and the number of processes does not matter.
 
 import math
 import shutil
+import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -87,6 +88,9 @@ def distill(
         state = run.state()
         if (done := states.load(state)) is not None:
             run.resume(state)
+            if mesh.is_main:
+                told = f"goes on after iteration {done} of {iterations}, whose state is in {resume_dir}"
+                print(told, file=sys.stderr, flush=True)
         done = done or 0
         if advance is not None:
             advance(done, "")
