@@ -17,20 +17,24 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from rcm.artefact import UserError, recording
+from rcm.cli import record
 from rcm.cli.record import verify
+from rcm.cli.stages import Stage
 
 ROOT = Path(__file__).parents[2]
 KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
-NEEDED = ("Snakefile", "workflow", "config", "src", "kernels", "assets", "constraints.txt", ".dvcignore", ".gitignore")
+NEEDED = ("Snakefile", "workflow", "config", "src", "kernels", "assets", "constraints.txt", ".dvcignore", ".gitignore",
+          "dvc.yaml", "params.json")  # fmt: skip
 TARGETS = ("prompts-images-report", "convert-images")  # light, and one with an input that is made
 FILES = ("data/tiny/images/prompts/report.jsonl", "data/tiny/images/teacher")
+DRAWN = "data/tiny/images/samples/oracle-0/report/1-of-2"  # made of the first
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
 def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """A file, a folder of parts made of it, and their records: what a stage of dvc.yaml keeps."""
+    """A file, parts made of it in a folder, and their records."""
     monkeypatch.chdir(tmp_path)
     source, parts = Path("data/source.txt"), Path("data/parts")
     parts.mkdir(parents=True)
@@ -39,26 +43,56 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     for name in ("1-of-2.txt", "2-of-2.txt"):
         with recording(parts / name, stage="sample", inputs=[source]):
             (parts / name).write_text(name)
-    return [source, Path("data/source.txt.prov.json"), parts]
+    return [source, parts / "1-of-2.txt", parts / "2-of-2.txt"]
 
 
 def test_what_is_verified(made: list[Path]) -> None:
-    verify(made)
-    source, _, parts = made
-    (parts / "1-of-2.txt").write_text("1-of-2.tx_")
+    assert [*verify(made)] == [path.as_posix() for path in made]
+    source, part, other = made
+    part.write_text("1-of-2.tx_")
     with pytest.raises(UserError, match=r"data/parts/1-of-2.txt is damaged or was replaced"):
         verify(made)
-    (parts / "1-of-2.txt").unlink()
-    with pytest.raises(UserError, match=r"data/parts/1-of-2.txt does not exist"):
+    part.unlink()
+    with pytest.raises(UserError, match=r"data/parts/1-of-2.txt is missing"):
         verify(made)
-    (parts / "1-of-2.txt").write_text("1-of-2.txt")
+    part.write_text("1-of-2.txt")
     with recording(source, stage="prompts"):
         source.write_text("b")
     with pytest.raises(UserError, match=r"data/parts/1-of-2.txt was made of another data/source.txt than the one here"):
         verify(made)
-    source.unlink()
-    with pytest.raises(UserError, match=r"data/source.txt is missing"):
+    other.with_name("2-of-2.txt.prov.json").unlink()
+    with pytest.raises(UserError, match=r"2-of-2.txt.prov.json: make it again with `snakemake data/parts/2-of-2.txt "):
         verify(made)
+
+
+def test_no_other_stages_or_parts_are_recorded(made: list[Path]) -> None:
+    stage = Stage(
+        "tiny", "sample", {}, {}, [str(path) for path in made[1:]], ["1-of-2", "2-of-2"], False, {}, "", "", False
+    )
+    with pytest.raises(UserError, match=r"dvc.yaml has no stage 'sampel'; allowed: sample$"):
+        record._with_inputs({stage.name: stage}, ["sampel"])
+    Path("data/parts/.gitignore").touch()
+    assert [*record._strangers(stage)] == []
+    with recording("data/parts/1-of-3.txt", stage="sample"):
+        Path("data/parts/1-of-3.txt").write_text("old")
+    old = [f"data/parts/1-of-3.txt{end}" for end in ("", ".prov.json", ".run.json")]
+    assert [*record._strangers(stage)] == old
+
+
+def test_a_conflict_in_what_was_recorded_is_told(made: list[Path]) -> None:
+    Path("dvc.lock").write_text("schema: '2.0'\n<<<<<<< ours\nstages: {}\n=======\nstages: {}\n>>>>>>> theirs\n")
+    with pytest.raises(UserError, match=r"dvc.lock is damaged, perhaps by a merge: take one side with `git checkout"):
+        record._lock()
+
+
+def test_only_what_was_made_of_the_very_content_stays_made(made: list[Path]) -> None:
+    source, part, other = made
+    made_of_another = other.with_name("2-of-2.txt.prov.json")
+    made_of_another.write_text(made_of_another.read_text().replace(hashlib.sha256(b"a").hexdigest(), "0" * 64))
+    for path in made:
+        os.utime(path, (1, 1))
+    record._keep([part, other], {source.as_posix(): hashlib.sha256(b"a").hexdigest()})
+    assert part.stat().st_mtime > 1 == other.stat().st_mtime
 
 
 def test_the_files_of_a_dcp_are_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +103,7 @@ def test_the_files_of_a_dcp_are_verified(tmp_path: Path, monkeypatch: pytest.Mon
         Path("dcp/0.distcp").write_bytes(b"abc")
         files = {"0.distcp": hashlib.sha256(b"abc").hexdigest()}
         Path("dcp/manifest.json").write_text(json.dumps({"content_sha256": "0" * 64, "files": files}))
-    outputs = [Path("dcp"), Path("dcp.prov.json")]
+    outputs = [Path("dcp")]
     verify(outputs)
     Path("dcp/0.distcp").write_bytes(b"abd")
     with pytest.raises(UserError, match=r"dcp/0.distcp is missing or damaged"):
@@ -88,11 +122,15 @@ def endpoint() -> Iterator[str]:
     server.stop()
 
 
+def direct() -> dict[str, str]:
+    """The environment with the keys of the S3 server, and without a proxy before it."""
+    return {name: value for name, value in os.environ.items() if name.lower() != "http_proxy"} | KEYS
+
+
 def call(folder: Path) -> Run:
     """Call a module of Python in a folder, with the library of that folder where it has one."""
     path = os.pathsep.join(str(folder / name) for name in ("src", "kernels"))
-    environment = {name: value for name, value in os.environ.items() if name.lower() != "http_proxy"}
-    environment |= {**KEYS, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    environment = {**direct(), "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
 
     def run(module: str, *words: str, code: int | None = 0) -> subprocess.CompletedProcess[str]:
@@ -159,9 +197,8 @@ def test_a_push_that_breaks_off(small: tuple[Path, Run, str], endpoint: str, tmp
     """Killed in the middle, then without a server: what was recorded is whole, and the next push completes."""
     folder, run, bucket = small
     cache = {path: path.read_bytes() for path in (folder / ".dvc/cache").rglob("*") if path.is_file()}
-    environment = {**os.environ, **KEYS}
     command = [sys.executable, "-m", "dvc", "push", "--jobs", "1"]
-    killed = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    killed = subprocess.Popen(command, cwd=folder, env=direct(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     while killed.poll() is None and not objects(endpoint, bucket):
         time.sleep(0.01)
     killed.send_signal(signal.SIGKILL)
@@ -226,12 +263,9 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Run]:
         else:
             shutil.copy(ROOT / name, folder / name)
     run = begin(folder, None, "")
-    run("rcm", "stages")
     early = run("rcm", "record", *TARGETS, code=2)
     assert re.search(r"has work to do at the scale tiny, .*convert.*: finish the run", early.stderr), early.stderr
     run("snakemake", "-c2", *FILES)
-    unnamed = run("rcm", "record", "prompts-images-repor", code=2)
-    assert "dvc.yaml has no stage 'prompts-images-repor'; allowed: prompts-images-report" in unnamed.stderr
     file = folder / FILES[0]
     times, content = file.stat(), file.read_bytes()
     file.write_bytes(content.replace(b"a", b"e", 1))
@@ -259,7 +293,15 @@ def test_the_round_trip(recorded: tuple[Path, Run], tmp_path: Path) -> None:
     nothing = run("snakemake", "-n", *FILES)
     assert "Nothing to be done" in nothing.stdout + nothing.stderr
     assert "missing provenance" not in nothing.stdout + nothing.stderr  # so that later changes are seen
-    assert "up to date" in run("dvc", "repro", *TARGETS).stdout
+    assert "up to date" in run("dvc", "repro", *TARGETS).stdout  # `configure` too, with what Python has compiled here
+
+    run("snakemake", "-c2", DRAWN)
+    for name in (FILES[0], f"{FILES[0]}.prov.json"):
+        (there / name).unlink()
+    run("rcm", "sync", TARGETS[0])
+    nothing = run("snakemake", "-n", *FILES, DRAWN)
+    assert "Nothing to be done" in nothing.stdout + nothing.stderr
+
     before = {path: path.read_bytes() for path in (there / FILES[1]).rglob("*") if path.is_file()}
     again = run("snakemake", "-c1", FILES[0], "-R", "prompts")
     assert "1 of 1 steps" in again.stdout + again.stderr
@@ -272,6 +314,10 @@ def test_sync_refuses(recorded: tuple[Path, Run], tmp_path: Path) -> None:
     here, _ = recorded
     there, store = tmp_path / "there", tmp_path / "rcm-store"
     run = clone(here, there)
+    assert re.search(
+        r"everything from \S+/rcm-store \(no such folder\), not data/tiny/images/prompts/report.jsonl: ",
+        run("rcm", "sync", TARGETS[0], code=2).stderr,
+    )
     shutil.copytree(here.parent / "rcm-store", store)
     assert "dvc.lock does not hold" in run("rcm", "sync", "table1", code=2).stderr
 
@@ -287,7 +333,10 @@ def test_sync_refuses(recorded: tuple[Path, Run], tmp_path: Path) -> None:
     md5 = hashlib.md5(lost.read_bytes()).hexdigest()
     (store / "files/md5" / md5[:2] / md5[2:]).rename(tmp_path / "kept")
     refused = run("rcm", "sync", *TARGETS, code=2).stderr
-    assert re.search(r"dvc pull did not bring everything.*data/tiny/images/teacher", refused), refused
+    assert re.search(
+        r"dvc pull did not bring everything from \S+/rcm-store, not .*data/tiny/images/teacher.*: failed to transfer",
+        refused,
+    ), refused
     assert not (there / FILES[1]).exists()
     (tmp_path / "kept").rename(store / "files/md5" / md5[:2] / md5[2:])
     locks = there / ".snakemake/locks"
@@ -305,6 +354,6 @@ def test_sync_refuses(recorded: tuple[Path, Run], tmp_path: Path) -> None:
     assert "run `rcm stages`" in run("rcm", "sync", *TARGETS, code=2).stderr
     run("rcm", "stages")
     refused = run("rcm", "sync", *TARGETS, code=2).stderr
-    assert re.search(r"dvc.lock does not fit this clone: prompts-images-report \(changed deps: params.json", refused), (
+    assert re.search(r"dvc.lock does not fit this clone: prompts-images-report \(changed params.json: ", refused), (
         refused
     )

@@ -80,7 +80,7 @@ def sync(arguments: argparse.Namespace) -> None:
             "recorded it and `make setup`, or make it again with `dvc repro`"
         )
     _require_none(changes)
-    _pull(arguments.targets, code)
+    _pull(arguments.targets, code, _outputs(known, wanted))
     _require_none(_changed_deps(wanted, known, made, lock, inside=True))
     hashes = verify(_outputs(known, wanted))
     for scale, targets in _asked(known, arguments.targets):
@@ -99,7 +99,7 @@ def verify(outputs: Iterable[Path]) -> dict[str, str]:
     for artefact in artefacts:
         if not artefact.exists():
             raise UserError(f"{artefact} is missing: run Snakemake, then record; or `dvc pull`, if it was recorded")
-        if artefact.suffix and artefact.with_suffix("") in artefacts:  # the index of a shard, which has no record of its own
+        if artefact.suffix and artefact.with_suffix("") in artefacts:  # the index of a shard has no record
             continue
         if not (file := beside(artefact, ".prov.json")).is_file():
             raise UserError(f"{artefact} has no {file.name}: {_again(artefact)}")
@@ -335,7 +335,7 @@ def _with_deps(targets: list[str]) -> list[str]:
     return ["--with-deps", *targets] if targets else []
 
 
-def _pull(targets: list[str], code: str) -> None:
+def _pull(targets: list[str], code: str, outputs: Iterable[Path]) -> None:
     """Fetch and check out; UserError that names what did not come. data/code.json is what this clone has."""
     pipeline.CODE.unlink(missing_ok=True)
     try:
@@ -343,16 +343,20 @@ def _pull(targets: list[str], code: str) -> None:
     finally:
         write_text(pipeline.CODE, code)
     if done.returncode:
-        places = [line.split() for line in _dvc("remote", "list").stdout.splitlines() if line.endswith("(default)")]
-        where = "".join(f" from {place}" + " (no such folder)" * _is_no_folder(place) for _, place, *_ in places)
+        lacking = [str(path) for path in outputs if not path.exists()]
         raise UserError(
-            f"dvc pull did not bring everything{where}: {_last(done.stdout)}. `dvc push` it from where it was recorded, "
-            "then sync again; what is here and not recorded, record or move away"
+            f"dvc pull did not bring everything from {_remote()}{', not ' if lacking else ''}{_some(lacking)}: "
+            f"{_last(done.stdout)}. `dvc push` it from where it was recorded, then sync again; what is here and not "
+            "recorded, record or move away"
         )
 
 
-def _is_no_folder(place: str) -> bool:
-    return "://" not in place and not Path(place).is_dir()
+def _remote() -> str:
+    """Where the default remote is."""
+    name = _dvc("config", "core.remote").stdout.strip()
+    url = _dvc("config", f"remote.{name}.url").stdout.strip()
+    place = url if "://" in url else Path(".dvc", url).resolve()  # DVC counts from its own folder
+    return f"{place} (no such folder)" if isinstance(place, Path) and not place.is_dir() else str(place)
 
 
 def _some(names: list[str], between: str = ", ") -> str:
