@@ -28,7 +28,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what a workflow needs, without results."""
     folder = tmp_path_factory.mktemp("workflow")
-    for name in ("Snakefile", "workflow", "config", "src", "kernels"):
+    for name in ("Snakefile", "workflow", "config", "src", "kernels", "assets"):
         source = ROOT / name
         if source.is_dir():
             shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
