@@ -126,7 +126,7 @@ def test_the_second_download_waits(mini: object, tree: Path, tmp_path: Path) -> 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     """A folder with the project in it, whose stages wait for a file."""
-    for name in ("Snakefile", "workflow", "config", "src", "kernels"):
+    for name in ("Snakefile", "workflow", "config", "src", "kernels", "assets"):
         (tmp_path / name).symlink_to(ROOT / name)
     return tmp_path
 
