@@ -87,7 +87,7 @@ def sync(arguments: argparse.Namespace) -> None:
         status, said = _snakemake("--touch", "--forceall", "--cores", "1", scale=scale, targets=targets)
         if status:
             raise UserError(f"snakemake --touch failed: {_last(said)}")
-    _keep(_outputs(known, [name for name in known if name not in wanted]), hashes)
+    _keep((stage for name, stage in known.items() if name not in wanted), hashes)
     print(f"{len(wanted) + 1} stages are here as recorded; Snakemake and DVC have nothing to make of them")
 
 
@@ -116,7 +116,7 @@ def _again(artefact: Path) -> str:
     return f"make it again with `snakemake {artefact} --forcerun {artefact}`"
 
 
-def _keep(others: Iterable[Path], hashes: Mapping[str, str]) -> None:
+def _keep(others: Iterable[Stage], hashes: Mapping[str, str]) -> None:
     """Have what was made of just the synced content stay newer than it, so that it is not made again.
 
     Where an input is another than the one that was read, times are left alone: there Snakemake has work to do.
@@ -133,14 +133,17 @@ def _keep(others: Iterable[Path], hashes: Mapping[str, str]) -> None:
         return known[name]
 
     now = time.time_ns()
-    for output in others:
-        names = (beside(each, ".prov.json") for each in (output, output.with_suffix("")))
-        record = next((name for name in names if name.is_file()), None)
-        if record is None or not output.exists():
-            continue
-        if all(here(each["path"]) == each["sha256"] for each in read_json(record)["inputs"]):
-            stamp = output / ".snakemake_timestamp"  # what counts for Snakemake of a folder
-            os.utime(stamp if stamp.is_file() else output, ns=(now, now))
+    for stage in others:
+        for output in map(Path, stage.outputs):
+            names = (beside(each, ".prov.json") for each in (output, output.with_suffix("")))
+            record = next((name for name in names if name.is_file()), None)
+            if record is None or not output.exists():
+                continue
+            if all(here(each["path"]) == each["sha256"] for each in read_json(record)["inputs"]):
+                stamp = output / ".snakemake_timestamp"  # what counts for Snakemake of a folder
+                os.utime(stamp if stamp.is_file() else output, ns=(now, now))
+        for benchmark in filter(os.path.exists, stage.benchmarks):  # the oldest counts of these and of the outputs
+            os.utime(benchmark, ns=(now, now))
 
 
 def _verify_files(folder: Path) -> None:

@@ -49,6 +49,7 @@ class Stage:
     command: str
     fixed: str  # params that are the same for all jobs of the rule, as they stand there
     temporary: bool  # whether Snakemake deletes its output after use
+    benchmarks: list[str] = field(default_factory=list)  # where Snakemake notes what its jobs took
     within: list["Stage"] = field(default_factory=list)  # those that make its temporary inputs
 
     @property
@@ -348,4 +349,5 @@ def _grouped(scale: str, found: Iterable[Any]) -> list[Stage]:
         groups[name].inputs |= dict.fromkeys(map(str, job.input))
         groups[name].outputs += map(str, job.output)
         groups[name].items += [item] if item else []
+        groups[name].benchmarks += [str(job.benchmark)] if job.benchmark else []
     return [*groups.values()]
