@@ -200,13 +200,14 @@ class Server:
     def run(self, name: str, folder: Path, **options: Any) -> dict[str, Any]:
         """Run a stage in `folder`; what `tests.faults.server.ordered` says of it, and what it said."""
         words = self.words(name)
+        log = folder.parent / f"{folder.name}{options.get('environment', {}).get('RANK', '')}.log"
+        log.touch()  # a stage that is killed at once opens none
         client = self.idle.pop()
         try:
             client.send({"words": words, "folder": str(folder), **options})
             told = client.recv()
         finally:
             self.idle.append(client)
-        log = folder.parent / f"{folder.name}{options.get('environment', {}).get('RANK', '')}.log"
         return told | {"said": log.read_text(errors="replace")}
 
     def undisturbed(self, name: str) -> tuple[Path, dict[str, Any]]:

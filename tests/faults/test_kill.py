@@ -25,14 +25,14 @@ def test_no_stage_of_the_rules_is_forgotten() -> None:
 
 
 def kill_at_moments(server: Server, name: str, folder: Path, kills: int) -> int:
-    """Kill a stage at moments that are spread over its time, left alone now and then; how often that was done."""
-    drawn, seconds = random.Random(folder.name), server.undisturbed(name)[1]["seconds"]
+    """Kill a stage at random moments of its time, left alone now and then; how often that was done."""
+    drawn, seconds = random.Random(f"{name} {folder.name}"), server.undisturbed(name)[1]["seconds"]
     done, attempts, victim = 0, 0, None
     while done < kills:
         attempts += 1
         assert attempts < 5 * kills, f"{name} ends before it is killed"
         victim = victim or Victim(server, name, folder / str(attempts), older=attempts % 2 == 0)
-        ended = victim.killed(after=(done + drawn.random()) / kills * seconds)
+        ended = victim.killed(after=drawn.random() * seconds)
         if ended is None:
             done += 1
             if done % IN_A_ROW:

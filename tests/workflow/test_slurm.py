@@ -115,16 +115,24 @@ TINY = {
     "distillation.preview_every": 0,
     "distillation.state_every": 1000,  # a state is there only if a signal had it saved
 }
-CONFIG = [
-    *("methods=[rcm]", "steps=[1]", "controls=[oracle, shuffled]", "scatter={synthesize: 1, report: 1}"),
-    f"overrides=[{','.join(f'{key}={value}' for key, value in TINY.items())}]",
-]
+
+
+def configured(**changes: int) -> tuple[str, ...]:
+    """The pipeline to run, small enough; `changes` of the distillation."""
+    numbers = {**TINY, **{f"distillation.{key}": value for key, value in changes.items()}}
+    return (
+        *("methods=[rcm]", "steps=[1]", "controls=[oracle, shuffled]", "scatter={synthesize: 1, report: 1}"),
+        f"overrides=[{','.join(f'{key}={value}' for key, value in numbers.items())}]",
+    )
+
+
+CONFIG = configured()
 
 
 class Run:
     """A Snakemake with the profile that runs in the background."""
 
-    def __init__(self, cluster: Cluster, project: Path, *words: str, config: tuple[str, ...] = ()):
+    def __init__(self, cluster: Cluster, project: Path, *words: str, config: tuple[str, ...] = CONFIG):
         self.cluster, self.log = cluster, project / f"run{len(list(project.glob('run*')))}.log"
         pid = project / "pid"
         pid.unlink(missing_ok=True)
@@ -133,7 +141,7 @@ class Run:
         command = [sys.executable, str(ROOT / "tests/slurm/promptly.py"), "--profile", "slurm", *quick, *words]
         there = ["sh", "-c", 'cd "$0" && echo $$ > pid && exec "$@"', str(project)]
         self.process = subprocess.Popen(
-            [*cluster.inside, *there, *command, "--config", *CONFIG, *config],
+            [*cluster.inside, *there, *command, "--config", *config],
             stdout=self.log.open("w"), stderr=subprocess.STDOUT, start_new_session=True,
             env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}"},
         )  # fmt: skip
@@ -170,7 +178,10 @@ def alone(project: Path, *words: str) -> str:
 
 
 class Chain(NamedTuple):
-    """The chain to table 1 as it ran, its distillation warned, requeued and on a node that was lost."""
+    """The chain to table 1 as it ran, its distillation warned, requeued and on a node that was lost.
+
+    The student that it made is the folder `cluster` of the project.
+    """
 
     project: Path
     said: str
@@ -219,16 +230,15 @@ def chain(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Chain:
         print(run.log.read_text())
         raise
     assert status == 0, said
-    return Chain(
-        project, said, log.read_text(), saved, elsewhere, alone(project, "-n", "-c1", "table1", "--config", *CONFIG)
-    )
+    again = alone(project, "-n", "-c1", "table1", "--config", *CONFIG)
+    (project / DCP).rename(project / "cluster")
+    return Chain(project, said, log.read_text(), saved, elsewhere, again)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(chain: Chain) -> dict[str, torch.Tensor]:
-    """The student of the same configuration, distilled here in one go; what the cluster made stays."""
-    kept = chain.project / "cluster"
-    (chain.project / DCP).rename(kept)
+    """The student of the same configuration, distilled here in one go."""
+    anew(chain.project)
     alone(chain.project, "-c1", DCP, "--config", *CONFIG)
     return load_dcp(chain.project / DCP)
 
@@ -366,7 +376,8 @@ def test_a_time_limit_on_two_machines(cluster: Cluster, chain: Chain) -> None:
     project = chain.project
     anew(project)
     site = ("--default-resources", "slurm_partition=cpu", "gpus_per_node=2")
-    run = Run(cluster, project, DCP, *site, config=("nproc=4",))
+    config = (*configured(student_updates=10), "nproc=4")
+    run = Run(cluster, project, DCP, *site, config=config)
     under_way(project)
     job = cluster.distillation()
     assert cluster("squeue", "-h", "-j", job, "-o", "%D").strip() == "2"
@@ -381,7 +392,7 @@ def test_a_time_limit_on_two_machines(cluster: Cluster, chain: Chain) -> None:
     assert facts["parallel"]["shard"] == 4
 
     anew(project)
-    alone(project, "-c4", DCP, "--config", *CONFIG, "nproc=4")
+    alone(project, "-c4", DCP, "--config", *config)
     assert_equal(load_dcp(project / DCP), two)
 
 
