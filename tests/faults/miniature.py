@@ -3,10 +3,12 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Client
 from pathlib import Path
@@ -197,9 +199,9 @@ class Server:
         stage = STAGES[name]
         return [str(word).format(**{need: self.undisturbed(need)[0] for need in stage.needs}) for word in stage.words]
 
-    def run(self, name: str, folder: Path, **options: Any) -> dict[str, Any]:
-        """Run a stage in `folder`; what `tests.faults.server.ordered` says of it, and what it said."""
-        words = self.words(name)
+    def run(self, name: str, folder: Path, *more: str, **options: Any) -> dict[str, Any]:
+        """Run a stage in `folder`, with `more` words; what `server.ordered` says of it, and what it said."""
+        words = [*self.words(name), *more]
         log = folder.parent / f"{folder.name}{options.get('environment', {}).get('RANK', '')}.log"
         log.touch()  # a stage that is killed at once opens none
         client = self.idle.pop()
@@ -269,6 +271,21 @@ def lay_older(folder: Path, outputs: Sequence[str], like: Path) -> None:
 def hidden(folder: Path) -> list[str]:
     """Names of what is not finished, or was not removed."""
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob(".*") if path.name != ".metadata")
+
+
+def run_ranks(server: Server, folder: Path, *more: str, **killed: int) -> list[dict[str, Any]]:
+    """Distil on two ranks, of which rank N is killed before its `rankN`-th change of a name."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+    def run(rank: int) -> dict[str, Any]:
+        environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        return server.run("distill", folder, *more, before=killed.get(f"rank{rank}"), environment=environment)
+
+    server.words("distill")
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(run, (0, 1)))
 
 
 class Victim:

@@ -2,14 +2,12 @@
 
 import random
 import re
-import socket
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from .miniature import LIGHT, ROOT, STAGES, Server, Victim, hidden, made
+from .miniature import LIGHT, ROOT, STAGES, Server, Victim, hidden, made, run_ranks
 
 KILLS = 20  # at random moments, besides those at changes of names
 IN_A_ROW = 4  # until a rerun is left alone
@@ -80,21 +78,6 @@ def test_kill_9_of_one_stage(tmp_path: Path) -> None:
         kill_at_changes(server, "prompts", tmp_path / "x")
     finally:
         server.close()
-
-
-def run_ranks(server: Server, folder: Path, **killed: int) -> list[dict[str, Any]]:
-    """Distil on two ranks, of which rank N is killed before its `rankN`-th change of a name."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-
-    def run(rank: int) -> dict[str, Any]:
-        environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        return server.run("distill", folder, before=killed.get(f"rank{rank}"), environment=environment)
-
-    server.words("distill")
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(run, (0, 1)))
 
 
 @pytest.mark.slow
