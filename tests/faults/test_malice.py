@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from tests.cli.conftest import Mini, fail, mini  # noqa: F401  fixtures
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from rcm.artefact import beside, content_sha256, read_json, sha256_file, sha256_json, write_json
 from rcm.cli import main
@@ -110,10 +111,26 @@ def vouched(folder: Path) -> None:
     write_json(folder / "manifest.json", manifest)
 
 
-@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
+def set_trap(file: Path) -> None:
+    """In place of DCP's metadata or of its tensors, which keep their length."""
+    trap, size = TRAPS["archive"], file.stat().st_size
+    file.write_bytes(TRAPS["pickle"] if file.name == ".metadata" else trap * (size // len(trap) + 1))
+
+
+def any_object(file: Path) -> None:
+    """Have DCP's metadata name one tensor an object, whose bytes DCP would unpickle."""
+    metadata = pickle.loads(file.read_bytes())
+    metadata.state_dict_metadata[next(iter(metadata.state_dict_metadata))] = BytesStorageMetadata()
+    file.write_bytes(pickle.dumps(metadata))
+
+
+@pytest.mark.parametrize(
+    ("name", "change"), [(".metadata", set_trap), (".metadata", any_object), ("__0_0.distcp", set_trap)]
+)
 @pytest.mark.parametrize("stage", ["synthesize", "distill", "sample teacher", "precision", "export"])
 def test_a_pickle_in_a_dcp_folder_that_vouches_for_it(
     name: str,
+    change: Callable[[Path], None],
     stage: str,
     tree: Path,  # noqa: F811
     tmp_path: Path,
@@ -123,9 +140,7 @@ def test_a_pickle_in_a_dcp_folder_that_vouches_for_it(
     assert stage in READ_BY[str(folder)]
     with replaced(folder, *records(folder)):
         shutil.copytree(folder.with_name(f"{folder.name}.aside"), folder)
-        trap = archive(a=Trap())
-        size = (folder / name).stat().st_size
-        (folder / name).write_bytes(trap if name == ".metadata" else trap * (size // len(trap) + 1))
+        change(folder / name)
         vouched(folder)
         refused(stage, folder, tmp_path / "out", capsys)
 
@@ -148,9 +163,7 @@ def test_a_pickle_in_the_state_of_a_run(
     states = [path for path in (tmp_path / "out/resume").iterdir() if path.name.isdecimal()]
     assert states
     for state in states:
-        trap = archive(a=Trap())
-        size = (state / name).stat().st_size
-        (state / name).write_bytes(trap if name == ".metadata" else trap * (size // len(trap) + 1))
+        set_trap(state / name)
         manifest = read_json(state / "manifest.json")
         manifest.pop("sha256")
         manifest["files"] = {file: sha256_file(state / file) for file in manifest["files"]}
@@ -190,6 +203,22 @@ def kind(of: bytes, ending: str) -> Callable[[tarfile.TarInfo, bytes], tuple[tar
     return change
 
 
+def linked(of: bytes, ending: str) -> Callable[[tarfile.TarInfo, bytes], tuple[tarfile.TarInfo, bytes | None]]:
+    """All but the first member of a kind become links to it."""
+    first: list[str] = []
+
+    def change(member: tarfile.TarInfo, content: bytes) -> tuple[tarfile.TarInfo, bytes | None]:
+        if not member.name.endswith(ending):
+            return member, content
+        first.append(member.name)
+        if len(first) == 1:
+            return member, content
+        member.type, member.linkname, member.size = of, first[0], 0
+        return member, None
+
+    return change
+
+
 def renamed(prefix: str) -> Callable[[tarfile.TarInfo, bytes], tuple[tarfile.TarInfo, bytes | None]]:
     def change(member: tarfile.TarInfo, content: bytes) -> tuple[tarfile.TarInfo, bytes | None]:
         member.name = prefix + member.name
@@ -218,6 +247,10 @@ MEMBERS = {
     }.items()
     for ending in (".json", "latents.npy", "text.npy")
 }
+MEMBERS |= {
+    "symlink inside": linked(tarfile.SYMTYPE, "latents.npy"),
+    "hard link inside": linked(tarfile.LNKTYPE, "text.npy"),
+}
 MEMBERS |= {f"name {prefix}": renamed(prefix) for prefix in ("../../", "/", "/etc/", "..\\", "a/../../", "C:\\", "\n")}
 MEMBERS |= {
     "huge shape": exchanged(
@@ -229,6 +262,10 @@ MEMBERS |= {
     "code as header": exchanged("latents.npy", npy("__import__('pathlib').Path('sprung').touch()")),
     "objects": exchanged(
         "latents.npy", npy("{'descr': '|O', 'fortran_order': False, 'shape': (1, 1, 1, 1), }") + pickle.dumps(Trap())
+    ),
+    "columns first": lambda member, content: (
+        member,
+        content.replace(b"'fortran_order': False", b"'fortran_order': True "),
     ),
     "nested deeply": exchanged(".json", b"[" * 100_000),
 }
