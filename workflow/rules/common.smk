@@ -170,7 +170,8 @@ def check_trees():
 config.update(plain(config))
 try:
     check_pipeline()
-    check_trees()
+    if workflow.is_main_process and "RCM_STAGE" not in os.environ:  # else who started it has composed them
+        check_trees()
 except UserError as mistake:
     sys.exit(f"snakemake: error: {mistake}")  # where WorkflowError would add the lines of this file
 SCALE = config["scale"]
