@@ -163,6 +163,7 @@ class Run:
 
 # besides those of the profile, so that fewer jobs start
 GROUPS = ("sample_control=controls", "sample_teacher=teachers", "sample_student=students")
+TARGETS = "table1", "results/tiny/images/throughput/rcm-0-1.json"
 DCP = "data/tiny/images/rcm-0/dcp"
 LOG = "logs/tiny/images/distill/rcm-0.log"
 
@@ -202,7 +203,7 @@ def chain(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Chain:
             shutil.copy(source, project / name, follow_symlinks=False)
     groups = yaml.safe_load((PROFILE / "profile.v9+.yaml").read_text())["groups"]
     sizes = {f"{group.rpartition('=')[2]}=8" for group in (*groups, *GROUPS)}
-    run = Run(cluster, project, "table1", "--groups", *groups, *GROUPS, "--group-components", *sorted(sizes))
+    run = Run(cluster, project, *TARGETS, "--groups", *groups, *GROUPS, "--group-components", *sorted(sizes))
     try:
         under_way(project)
         job = cluster.distillation()
@@ -230,7 +231,7 @@ def chain(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Chain:
         print(run.log.read_text())
         raise
     assert status == 0, said
-    again = alone(project, "-n", "-c1", "table1", "--config", *CONFIG)
+    again = alone(project, "-n", "-c1", *TARGETS, "--config", *CONFIG)
     (project / DCP).rename(project / "cluster")
     return Chain(project, said, log.read_text(), saved, elsewhere, again)
 

@@ -170,8 +170,8 @@ rule throughput:
         "<logs>/{media}/throughput/{student}-{steps}.log",
     benchmark:
         "<logs>/benchmarks/throughput/{media}-{student}-{steps}.tsv"
-    # on one machine: with nothing beside it
-    threads: workflow.resource_settings.cores or 1
+    # on one machine: with nothing beside it; a cluster's job takes as many as were asked for
+    threads: 1 if workflow.remote_exec else workflow.resource_settings.cores or 1
     resources:
         mem_mb=sized(1000, 64000),
         runtime=sized(30, 480),
