@@ -323,7 +323,7 @@ def test_failures_are_named_and_the_rest_goes_on(cluster: Cluster, chain: Chain)
     refused = ("results/tiny/tables/table3.csv", "results/tiny/images/throughput/teacher-2.json")
     options = ("--retries", "0", "--groups", "prompts=prompts", "--set-resources", *wishes)
     try:
-        run = Run(cluster, project, good, bad, *refused, DCP, *options)
+        run = Run(cluster, project, good, bad, *refused, DCP, *options, config=configured(student_updates=1000))
         under_way(project)
         cluster("scontrol", "update", f"JobId={cluster.distillation()}", "EndTime=now+1second")
         status, said = run.end()
