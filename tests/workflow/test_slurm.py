@@ -377,7 +377,7 @@ def test_a_time_limit_on_two_machines(cluster: Cluster, chain: Chain) -> None:
     project = chain.project
     anew(project)
     site = ("--default-resources", "slurm_partition=cpu", "gpus_per_node=2")
-    config = (*configured(student_updates=10), "nproc=4")
+    config = (*CONFIG, "nproc=4")
     run = Run(cluster, project, DCP, *site, config=config)
     under_way(project)
     job = cluster.distillation()
